@@ -1,0 +1,1 @@
+"""What both tracks share: data, configuration, checkpoints, metrics. Imports neither jax nor torch."""

@@ -1,0 +1,1 @@
+"""From raw protein files to batches."""

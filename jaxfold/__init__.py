@@ -1,0 +1,1 @@
+"""AlphaFold 2 in JAX."""
