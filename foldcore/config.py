@@ -61,7 +61,9 @@ class ModelConfig:
     structure_dropout: float = 0.1
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"  # trunk weights and activations
     matmul_precision: Literal["ieee", "tf32"] = "tf32"  # for the float32 products that remain
-    recompute: Literal["none", "block"] = "none"  # "block": recompute each block in the backward pass
+    recompute: Literal["none", "block"] = (
+        "none"  # "block": recompute each block in the backward pass
+    )
     implementation: Literal["reference", "triton"] = "reference"  # which kernels ops.py runs
 
     def __post_init__(self) -> None:
@@ -77,7 +79,9 @@ class DataConfig:
     path: str = "embedded"  # "embedded", or a folder in OpenProteinSet / OpenFold layout
     distillation_path: str = ""  # optional second source, self-distillation structures
     distillation_probability: float = 0.75  # share of examples from the second source
-    validation_path: str = ""  # empty: held out of `path` by split.tsv or by a hash of the linkage group
+    validation_path: str = (
+        ""  # empty: held out of `path` by split.tsv or by a hash of the linkage group
+    )
     validation_fraction: float = 0.1
     crop_size: int = 256
     num_msa_clusters: int = 124  # cluster rows; the templates' torsion rows come on top
@@ -177,7 +181,9 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3  # newest checkpoints kept
     deterministic: bool = False
-    initial_params: str = ""  # a DeepMind params_model_*.npz or one of our checkpoints to start from
+    initial_params: str = (
+        ""  # a DeepMind params_model_*.npz or one of our checkpoints to start from
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep", "eval_chains"):
@@ -281,7 +287,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _nearest(key: str, where: str, hints: dict[str, Any]) -> str:
-    everywhere = {f.name: f"{s.name}.{f.name}" for s in fields(Config) for f in fields(_section(s.name))}
+    everywhere = {
+        f.name: f"{s.name}.{f.name}" for s in fields(Config) for f in fields(_section(s.name))
+    }
     if close := difflib.get_close_matches(key, hints, n=1, cutoff=0.5):
         return f"did you mean {where + close[0]!r}?"
     if close := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6):
@@ -312,5 +320,3 @@ def _check_range(config: Any, name: str, low: float, high: float) -> None:
     value = getattr(config, name)
     if not low <= value <= high:
         raise ConfigError(f"{name}={value}: must lie in {low}..{high}")
-
-

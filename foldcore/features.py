@@ -110,7 +110,9 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return (sizes["b"], *(d if isinstance(d, int) else sizes[d] for d in dims))
 
 
-def validate(batch: Mapping[str, np.ndarray], sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+def validate(
+    batch: Mapping[str, np.ndarray], sizes: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Check names, dtypes, shapes and finiteness; returns the sizes of the named dimensions.
 
     Without ``sizes`` the dimensions are read from the batch itself and must agree with each other.
