@@ -1,0 +1,73 @@
+# Everything a user runs. `make help` lists it.
+
+CONFIG ?= configs/demo.toml
+ARGS ?=
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(GPU),yes)
+  # an NVIDIA GPU: Python >= 3.12; CUDA=12 takes the CUDA 12 builds of JAX
+  PYTHON ?= python3.12
+  CUDA ?= 13
+  EXTRA = cuda$(CUDA)
+  MACHINE = cuda
+  MINIMUM = 3, 12
+else
+  PYTHON ?= python3
+  EXTRA =
+  MACHINE = cpu
+  MINIMUM = 3, 11
+endif
+comma := ,
+VENV ?= .venv
+BIN = $(VENV)/bin
+# PyTorch's own package index for small CPU builds, as its installation page gives it
+TORCH_INDEX ?=
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
+      $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help setup train-jax test test-slow test-gpu lint format oracle clean
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.base  ## install twinfold into .venv
+
+$(VENV)/.base: pyproject.toml constraints/$(MACHINE).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < ($(MINIMUM)))' || \
+	  { echo "twinfold needs Python >= $(subst $(comma) ,.,$(MINIMUM)) here, and $(PYTHON) is not: set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing twinfold into $(VENV) (about a minute) ..."
+	@$(PIP) -e ".$(if $(EXTRA),[$(EXTRA)])"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@$(PIP) -e ".[dev$(if $(EXTRA),$(comma)$(EXTRA))]"
+	@touch $@
+
+$(VENV)/.oracle: $(VENV)/.dev
+	@$(PIP) -e ".[oracle$(if $(EXTRA),$(comma)$(EXTRA))]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps alphafold==2.0.0
+	@touch $@
+
+oracle: $(VENV)/.oracle  ## install DeepMind's published code, which the tests compare with
+
+train-jax: setup  ## train CONFIG (the demo by default) in JAX; ARGS="train.steps=10"
+	@$(BIN)/python -m jaxfold.train $(CONFIG) $(ARGS)
+
+test: oracle  ## the test suite: about 8 minutes on two cores
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+
+test-slow: oracle  ## the tests that take longer
+	@$(BIN)/python -m pytest -m slow
+
+test-gpu: oracle  ## the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff format the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean:  ## remove .venv and caches; runs/ is kept
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
