@@ -214,7 +214,7 @@ class Config:
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a TOML file and apply ``section.key=value`` overrides, each a TOML assignment."""
-    tree = _parse(Path(path).read_text(), str(path)) if path else {}
+    tree = _parse(_read(path), str(path))
     for override in overrides:
         _merge(tree, _parse_override(override))
     return _build(Config, tree, "")
@@ -228,6 +228,13 @@ def dumps(config: Config) -> str:
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read this configuration: {error}") from None
 
 
 def _parse(text: str, origin: str) -> dict[str, Any]:
