@@ -161,7 +161,7 @@ def atom14_distance_bounds(
     """Lower and upper limits of the distances within a residue (Suppl. 1.9.11).
 
     Non-bonded pairs may overlap by ``tolerance`` angstrom; bonds and 1-3 distances may differ from
-    their ideal length by ``factor`` standard deviations. Pairs that do not exist have both limits 0.
+    their ideal length by ``factor`` standard deviations. Both limits of missing pairs are 0.
     """
     pairs = restype_atom14_mask[:, :, None] * restype_atom14_mask[:, None, :] * (1 - np.eye(14))
     radius = np.array([[_RADIUS[n[:1]] for n in names] for names in atom14_names])
