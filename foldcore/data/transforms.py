@@ -1,0 +1,214 @@
+"""From one chain as read to the features of one training example (Suppl. 1.2.5-1.2.8).
+
+``make_example`` is a pure function of the chain, the configuration and a key of integers, normally
+(seed, epoch, index). Every transform draws from its own named stream of that key, so changing one
+leaves the draws of all others as they were.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped, UInt8
+
+from foldcore.config import DataConfig
+from foldcore.data import crop, msa_features
+from foldcore.data.labels import make_labels, pseudo_beta
+from foldcore.features import FEATURES, RECYCLE_SLOTS, dimensions
+
+# Numbers are part of every seed: never reuse or renumber them.
+_STREAMS = {
+    "clamp": 0,
+    "crop": 1,
+    "templates": 2,
+    "block_deletion": 3,
+    "distillation_rows": 4,
+    "cluster_rows": 5,
+    "masking": 6,
+    "extra_rows": 7,
+}
+_TEMPLATE_KEYS = (
+    "template_aatype",
+    "template_all_atom_positions",
+    "template_all_atom_masks",
+    "template_sum_probs",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawExample:
+    """One whole chain: structure, alignment and candidate templates, nothing drawn or cut yet."""
+
+    chain_id: str
+    aatype: Int[np.ndarray, "r"]  # 0..20
+    residue_index: Int[np.ndarray, "r"]  # 0-based position in the chain
+    positions: Float[np.ndarray, "r 37 3"]  # angstrom; 0 where missing
+    mask: Float[np.ndarray, "r 37"]
+    msa: UInt8[np.ndarray, "n r"]  # codes 0..21, duplicates removed; row 0 is the chain
+    deletions: Int[np.ndarray, "n r"]  # letters deleted before each column
+    templates: Mapping[str, np.ndarray]  # template_* arrays of candidates, best first
+    resolution: float  # angstrom; 0 = unknown, NMR or distillation
+    is_distillation: bool = False
+
+    def __post_init__(self) -> None:
+        length = len(self.aatype)
+        shapes: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {
+            "residue_index": (self.residue_index, (length,)),
+            "positions": (self.positions, (length, 37, 3)),
+            "mask": (self.mask, (length, 37)),
+            "msa": (self.msa, (len(self.msa), length)),
+            "deletions": (self.deletions, (len(self.msa), length)),
+        }
+        for name, (array, expected) in shapes.items():
+            if array.shape != expected or not array.size:
+                raise ValueError(f"{self.chain_id}: {name} is {array.shape}, expected {expected}")
+        if missing := set(_TEMPLATE_KEYS) - set(self.templates):
+            raise ValueError(f"{self.chain_id}: templates lack {', '.join(sorted(missing))}")
+
+
+def make_example(
+    raw: RawExample, config: DataConfig, rng_key: tuple[int, ...], training: bool = True
+) -> dict[str, np.ndarray]:
+    """All features of ``foldcore.features`` but example_id and num_iter_recycling, no batch axis.
+
+    Evaluation (``training=False``) cuts the centre of the chain, takes the best templates and
+    deletes no blocks; it samples and masks the alignment as training does, so a repeatable
+    evaluation passes the same key each time.
+    """
+
+    def draw(stream: str, slot: int = 0) -> np.random.Generator:
+        sequence = np.random.SeedSequence(rng_key, spawn_key=(_STREAMS[stream], slot))
+        return np.random.Generator(np.random.Philox(sequence))
+
+    clamped = crop.is_clamped(config.unclamped_fraction, draw("clamp"), training)
+    start = crop.crop_start(len(raw.aatype), config.crop_size, clamped, draw("crop"), training)
+    window = slice(start, start + config.crop_size)
+    candidates = min(len(raw.templates["template_aatype"]), config.max_template_hits)
+    chosen = crop.choose_templates(candidates, config.num_templates, draw("templates"), training)
+    profile = msa_features.alignment_profile(raw.msa)
+    samples = [
+        _msa_sample(raw, profile, window, config, partial(draw, slot=slot), training)
+        for slot in range(RECYCLE_SLOTS)
+    ]
+    single = {
+        **sequence_features(raw, window),
+        **structure_features(raw, window),
+        **template_features(raw.templates, chosen, window),
+        "use_clamped_fape": np.asarray(clamped),
+    }
+    sizes = dimensions(config)
+    padded = {name: pad(name, value, sizes) for name, value in single.items()}
+    for name in samples[0]:
+        padded[name] = np.stack([pad(name, sample[name], sizes) for sample in samples])
+    return padded
+
+
+def sequence_features(raw: RawExample, window: slice) -> dict[str, np.ndarray]:
+    """What is known of the chain itself inside the crop."""
+    aatype = raw.aatype[window]
+    target_feat = np.zeros((len(aatype), 22), np.float32)  # column 0: chain break, never in a chain
+    target_feat[np.arange(len(aatype)), 1 + aatype] = 1
+    return {
+        "aatype": aatype,
+        "residue_index": raw.residue_index[window],
+        "seq_length": np.asarray(len(aatype)),
+        "seq_mask": np.ones(len(aatype)),
+        "target_feat": target_feat,
+    }
+
+
+def structure_features(raw: RawExample, window: slice) -> dict[str, np.ndarray]:
+    """The labels inside the crop."""
+    aatype, positions, mask = raw.aatype[window], raw.positions[window], raw.mask[window]
+    return {
+        **make_labels(aatype, positions, mask),
+        "all_atom_positions": positions,
+        "all_atom_mask": mask,
+        "resolution": np.asarray(0.0 if raw.is_distillation else raw.resolution),
+    }
+
+
+def template_features(
+    templates: Mapping[str, np.ndarray], chosen: Int[np.ndarray, "t"], window: slice
+) -> dict[str, np.ndarray]:
+    """The chosen templates inside the crop."""
+    aatype, positions, masks = (templates[k][chosen][:, window] for k in _TEMPLATE_KEYS[:3])
+    beta, beta_mask = pseudo_beta(aatype, positions, masks)
+    return {
+        "template_aatype": aatype,
+        "template_all_atom_positions": positions,
+        "template_all_atom_masks": masks,
+        "template_pseudo_beta": beta,
+        "template_pseudo_beta_mask": beta_mask,
+        "template_mask": np.ones(len(chosen)),
+        "template_sum_probs": templates["template_sum_probs"][chosen],
+    }
+
+
+def _msa_sample(
+    raw: RawExample,
+    profile: Float[np.ndarray, "r 22"],
+    window: slice,
+    config: DataConfig,
+    draw: Callable[[str], np.random.Generator],
+    training: bool,
+) -> dict[str, np.ndarray]:
+    """The MSA features of one recycling pass: its own rows, mask and clusters."""
+    centre_rows, extra_rows = _choose_rows(raw, config, draw, training)
+    true_msa, extra = raw.msa[centre_rows], raw.msa[extra_rows]
+    fraction = config.masked_msa_fraction
+    centres, bert_mask = msa_features.mask_msa(true_msa, profile, fraction, draw("masking"))
+    nearest = msa_features.assign_clusters(centres, extra)
+    centres, true_msa, extra = centres[:, window], true_msa[:, window], extra[:, window]
+    deletions = raw.deletions[centre_rows, window]
+    extra_deletions = raw.deletions[extra_rows, window]
+    statistics = msa_features.cluster_statistics(
+        centres, deletions, extra, extra_deletions, nearest
+    )
+    kept = draw("extra_rows").permutation(len(extra))[: config.num_extra_msa]
+    return {
+        "msa_feat": msa_features.msa_feat(centres, deletions, *statistics),
+        "msa_mask": np.ones(centres.shape),
+        "msa_row_mask": np.ones(len(centres)),
+        "bert_mask": bert_mask[:, window],
+        "true_msa": true_msa,
+        **msa_features.extra_features(extra[kept], extra_deletions[kept]),
+    }
+
+
+def _choose_rows(
+    raw: RawExample,
+    config: DataConfig,
+    draw: Callable[[str], np.random.Generator],
+    training: bool,
+) -> tuple[Int[np.ndarray, "s"], Int[np.ndarray, "e"]]:
+    """Rows of the alignment that become cluster centres, and all others still in play."""
+    rows = np.arange(len(raw.msa))
+    if training:
+        rows = msa_features.delete_blocks(
+            len(rows),
+            config.block_deletion_fraction,
+            config.block_deletion_count,
+            draw("block_deletion"),
+        )
+    if raw.is_distillation:
+        size = config.distillation_msa_rows
+        rows, _ = msa_features.sample_rows(rows, size, draw("distillation_rows"))
+    return msa_features.sample_rows(rows, config.num_msa_clusters, draw("cluster_rows"))
+
+
+def pad(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> Shaped[np.ndarray, "..."]:
+    """One feature (of one recycling pass) in the corner of zeros of its full size."""
+    dims = [dim for dim in FEATURES[name].dims if dim != "recycle"]
+    full = [dim if isinstance(dim, int) else sizes[dim] for dim in dims]
+    padded = np.zeros(full, FEATURES[name].dtype)
+    padded[tuple(slice(size) for size in value.shape)] = value
+    return padded
+
+
+def collate(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Stack examples of equal sizes along a new batch axis."""
+    if any(example.keys() != examples[0].keys() for example in examples):
+        raise ValueError("examples with different features cannot be one batch")
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
