@@ -1,0 +1,235 @@
+"""What a run leaves behind in ``<out>/<name>/``, and what it shows while it runs.
+
+    config.toml      everything that identifies the run
+    metrics.jsonl    one row a log step and an evaluation; cut back to the checkpoint on resume
+    tensorboard/     the same numbers as TensorBoard events
+    run.log          every line printed, with its time
+    checkpoints/     see foldcore/checkpoint.py
+
+A terminal shows live progress; anywhere else a plain line a log step appears. With
+``enabled=False`` (every process but the first) nothing is written or shown.
+"""
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from foldcore.config import Config, ConfigError, dumps, load
+
+# fields that may change when a run continues: none of them alters a number that was already logged
+FREE_FIELDS = frozenset(
+    "train.out train.steps train.log_every train.eval_every train.save_every train.keep "
+    "data.workers data.prefetch".split()
+)
+SHOWN = ("loss/total", "grad_norm", "learning_rate", "examples_per_s", "data_wait")
+
+
+class NonFiniteError(ArithmeticError):
+    """Training met a value that is not finite; the message names the term and the step."""
+
+
+class RunLog:
+    """The files and the display of one run, appended to if the run continues."""
+
+    def __init__(self, folder: str | Path, total_steps: int, enabled: bool = True) -> None:
+        self.folder = Path(folder)
+        self._total = total_steps
+        self._enabled = enabled
+        self._progress: Progress | None = None
+        if enabled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._text = (self.folder / "run.log").open("a", encoding="utf-8")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._enabled:
+            return
+        if error is not None:
+            self._note(f"stopped by {type(error).__name__}: {error}")
+        if self._progress:
+            self._progress.stop()
+        self._text.close()
+
+    def begin(self, step: int) -> None:
+        """Open the metrics for a run that stands at ``step``: rows of later steps are dropped."""
+        if not self._enabled:
+            return
+        path = self.folder / "metrics.jsonl"
+        _truncate(path, step)
+        self._rows = path.open("a", encoding="utf-8")
+        self._events = _Events(self.folder / "tensorboard", step)
+        if sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._task = self._progress.add_task("training", total=self._total, completed=step)
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        """Print one line, and keep it in ``run.log``."""
+        if not self._enabled:
+            return
+        self._note(line)
+        if self._progress:
+            self._progress.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def tick(self, step: int) -> None:
+        """Move the live progress to ``step``; nothing is shown where there is no terminal."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one row of numbers to every file and show its most telling ones."""
+        if not self._enabled:
+            return
+        row = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        self._rows.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        self._rows.flush()
+        self._events.scalars(step, {k: v for k, v in row.items() if v is not None})
+        self.say(f"step {step}/{self._total}  {_shown(values)}")
+
+    def _note(self, line: str) -> None:
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._text.flush()
+
+
+class Window:
+    """The metrics of the steps since the last log step, and how that time was spent.
+
+    Metrics may be values still on the device. The pending ones go into checkpoints, so that the row
+    which follows a resume is the mean over the same steps as without the interruption.
+    """
+
+    def __init__(self, pending: Sequence[Mapping[str, float]] = ()) -> None:
+        self.pending: list[Mapping[str, float]] = list(pending)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time so far, such as a compilation or an evaluation."""
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def add(self, metrics: Mapping[str, float], waited: float) -> None:
+        """Append one step; ``waited`` is how long it waited for its batch, in seconds."""
+        self.pending.append(metrics)
+        self._steps += 1
+        self._waited += waited
+
+    def close(self, batch_size: int) -> dict[str, float]:
+        """The mean over the pending steps with the rates, then start anew.
+
+        The pending metrics must be on the host and finite.
+        """
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        names = self.pending[0]
+        row = {k: math.fsum(m[k] for m in self.pending) / len(self.pending) for k in names}
+        row["learning_rate"] = float(self.pending[-1]["learning_rate"])
+        row["examples_per_s"] = self._steps * batch_size / seconds
+        row["data_wait"] = min(self._waited / seconds, 1.0)
+        self.pending = []
+        self.restart_clock()
+        return row
+
+
+def first_non_finite(pending: Sequence[Mapping[str, float]]) -> tuple[int, str] | None:
+    """(position, name) of the first value that is not finite: a loss term before the total."""
+    for position, metrics in enumerate(pending):
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        for name in sorted(bad, key=lambda n: (not n.startswith("loss/"), n == "loss/total", n)):
+            return position, name
+    return None
+
+
+def check_config(folder: str | Path, config: Config) -> None:
+    """Refuse to continue a run with another configuration, naming the fields that differ."""
+    path = Path(folder) / "config.toml"
+    before, now = _fields(load(path)), _fields(config)
+    changed = sorted(k for k in now.keys() - FREE_FIELDS if before[k] != now[k])
+    if changed:
+        differences = "\n".join(f"  {k}: {before[k]!r} there, {now[k]!r} now" for k in changed)
+        raise ConfigError(
+            f"{folder} holds a run with another configuration:\n{differences}\n"
+            "start a new run with train.name=NAME, or delete that folder"
+        )
+
+
+def write_config(folder: str | Path, config: Config) -> None:
+    """Write ``config.toml`` into the run folder, atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "config.toml", dumps(config))
+
+
+class _Events:
+    """A TensorBoard event file; a resumed run tells TensorBoard to forget the later steps."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter((folder / name).open("wb"))
+        self._write(Event(file_version="brain.Event:2"))
+        if step:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=step + 1, session_log=start))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One event with every value as a scalar."""
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._write(Event(step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    shown = [k for k in SHOWN if k in values] or list(values)
+    return "  ".join(f"{k.removeprefix('loss/')} {values[k]:.4g}" for k in shown)
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the rows after ``step``, and a last line that was cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _fields(config: Config) -> dict[str, object]:
+    return {f"{s}.{k}": v for s, values in asdict(config).items() for k, v in values.items()}
