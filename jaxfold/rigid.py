@@ -197,14 +197,18 @@ def torsion_angles_from_atom37(
     """Torsions of atom37 structures (Suppl. 1.7.1, Table 2).
 
     The residue before is the one before in the array; the first has none. Unknown types and gaps
-    count as X, without side chain.
+    count as X, without side chain. Torsions are not masked: absent atoms take part with their
+    coordinates (zeros). Differs from DeepMind's code, where two coincident atoms leave a torsion
+    to round-off (pre-omega after a gap, of both absent atoms): it is zero here.
     """
     aatype = jnp.minimum(aatype, constants.unknown_restype)
     points = _torsion_atoms(aatype, positions)
     present = _torsion_atoms(aatype, mask[..., None])[..., 0]
-    frames = rigid_from_3_points(points[..., 1, :], points[..., 2, :], points[..., 0, :])
-    yz = frames.invert_apply(points[..., 3, :])[..., 1:]
+    a0, a1, a2, a3 = (points[..., atom, :] for atom in range(4))
+    yz = rigid_from_3_points(a1, a2, a0).invert_apply(a3)[..., 1:]
     sin_cos = yz[..., ::-1] / jnp.sqrt(jnp.sum(yz * yz, axis=-1, keepdims=True) + 1e-8)
+    coincident = jnp.all(a1 == a0, axis=-1) | jnp.all(a1 == a3, axis=-1)
+    sin_cos = jnp.where(coincident[..., None], 0, sin_cos)
     # psi is measured to N(i+1), and O stands opposite to it
     sin_cos = sin_cos * jnp.array([1, 1, -1, 1, 1, 1, 1], sin_cos.dtype)[:, None]
     defined = jnp.prod(present, axis=-1) * _chi_table(constants.chi_angles_mask, aatype, 1.0, mask)
