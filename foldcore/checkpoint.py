@@ -3,7 +3,7 @@
     checkpoints/step_00000050/state.safetensors   tensors <section>/<parameter name>, float32
     checkpoints/step_00000050/metadata.json       step, checksum, loader state, config, versions
 
-Sections are the flat buffers of the training state (``params``, ``mu``, ``nu``, ``ema``), cut by the
+Sections are the flat buffers of the training state (``params``, ``mu``, ``nu``, ``ema``) cut by the
 layout. A checkpoint is written beside its final name, flushed to disk and renamed, so a name that
 exists is whole. A checkpoint is a file from outside: nothing is unpickled, and each problem is an
 error naming the file.
