@@ -68,7 +68,7 @@ def build_chains(entry: Entry) -> dict[str, Chain]:
 
 
 def _protein_chains(entry: Entry) -> Iterator[tuple[str, str, gemmi.Entity]]:
-    """Author id, subchain id and entity of each L-polypeptide that has atoms, in the atoms' order."""
+    """Author id, subchain id and entity of each L-polypeptide that has atoms."""
     entities = {
         subchain: entity
         for entity in entry.structure.entities
@@ -162,7 +162,7 @@ def _check_observed(
 
 
 def _one_letter(entry: Entry, entity_id: str, names: list[str]) -> str:
-    """Parent of each residue: the entry's own statement first (wwPDB has PCA as Q), then the tables."""
+    """Parent of each residue: by the entry's own statement (wwPDB: PCA is Q), then by the tables."""
     canonical = entry.canonical.get(entity_id, "")
     if len(canonical) != len(names):  # a chromophore of three residues is one name, three letters
         canonical = "X" * len(names)
@@ -213,7 +213,7 @@ def _choose(variants: list[gemmi.Residue], name: str) -> gemmi.Residue:
 
 
 def _best_atoms(residue: gemmi.Residue) -> dict[int, tuple[float, list[float]]]:
-    """atom37 slot -> (occupancy, position) of the most occupied alternative, the first among equals."""
+    """atom37 slot -> (occupancy, position) of the alternative with most occupancy, else the first."""
     best: dict[int, tuple[float, list[float]]] = {}
     selenium = "SD" if residue.name == "MSE" else "SE"
     for atom in residue:

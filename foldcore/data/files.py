@@ -5,7 +5,7 @@ from pathlib import Path
 
 from foldcore.errors import DataError
 
-# Far above the largest entry or alignment in use, low enough that a gzip bomb cannot fill the memory.
+# Far above the largest entry or alignment in use; a gzip bomb must not fill the memory.
 MAX_BYTES = 1 << 30
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_FRAMING = 31  # zlib's name for: gzip header, 32 KiB window
@@ -21,7 +21,7 @@ def read_bytes(path: str | Path, data: bytes | None = None) -> bytes:
 
 
 def read_text(path: str | Path, data: bytes | None = None) -> str:
-    """Like :func:`read_bytes`, decoded; bytes that are no UTF-8 become U+FFFD, line ends ``\\n``."""
+    """Like :func:`read_bytes`, decoded: U+FFFD for bytes that are no UTF-8, line ends ``\\n``."""
     raw = read_bytes(path, data)
     if not raw.strip():
         raise DataError(path, None, "the file is empty")

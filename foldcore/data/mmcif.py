@@ -1,8 +1,9 @@
 """Read protein chains from wwPDB mmCIF files; PDB files go the same way (``pdb_format.py``).
 
-Kept from a file: protein chains of the first model, by author chain id; a row for every residue of SEQRES;
-of alternative locations the most occupied; selenomethionine as methionine, other modified residues as their
-parents. Everything else (nucleic acids, ligands, water, hydrogens, D-peptides) is left out.
+Kept from a file: protein chains of the first model, by author chain id; a row for every residue of
+SEQRES; of alternative locations the most occupied; selenomethionine as methionine, other modified
+residues as their parents. Everything else (nucleic acids, ligands, water, hydrogens, D-peptides) is
+left out.
 """
 
 import re
