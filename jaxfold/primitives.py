@@ -1,0 +1,217 @@
+"""Linear layers, attention, transition and dropout: what the larger modules are made of.
+
+Parameters have DeepMind's names and shapes and are declared, as zeros, with the kind of their
+initial values; ``params.initialize`` fills them. A module computes in the dtype of its parameters.
+
+Legend: g groups that attend independently, q queries, k keys, h heads, d head width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32, UInt32
+
+from foldcore import dropout as definition
+from jaxfold import ops
+
+Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
+# what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
+LinearInit = Literal["linear", "relu", "final", "gating"]
+
+MASKED_MEAN_EPS = 1e-10
+
+
+def parameter(shape: tuple[int, ...], kind: Kind) -> nnx.Param[Array]:
+    """Declare a parameter; ``kind`` is a key of ``foldcore.initializers.KINDS``."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), kind=kind, stacked=False)
+
+
+class Linear(nnx.Module):
+    """``x @ weights + bias``."""
+
+    def __init__(self, c_in: int, c_out: int, init: LinearInit = "linear"):
+        kind: Kind = "zeros" if init in ("final", "gating") else init  # type: ignore[assignment]
+        self.weights = parameter((c_in, c_out), kind)
+        self.bias = parameter((c_out,), "ones" if init == "gating" else "zeros")
+
+    def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
+        return x @ self.weights[...] + self.bias[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation of the channels, with learnt scale and offset."""
+
+    def __init__(self, c: int):
+        self.scale = parameter((c,), "ones")
+        self.offset = parameter((c,), "zeros")
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        return ops.layer_norm(x, self.scale[...], self.offset[...])
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with an optional gate (Suppl. Alg. 7, lines 2-7, without the norm)."""
+
+    def __init__(
+        self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
+    ):
+        self.gating = gating
+        self.query_w = parameter((c_q, num_heads, c_hidden), "glorot")
+        self.key_w = parameter((c_kv, num_heads, c_hidden), "glorot")
+        self.value_w = parameter((c_kv, num_heads, c_hidden), "glorot")
+        if gating:
+            self.gating_w = parameter((c_q, num_heads, c_hidden), "zeros")
+            self.gating_b = parameter((num_heads, c_hidden), "ones")
+        self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
+        self.output_b = parameter((c_out,), "zeros")
+
+    def __call__(
+        self,
+        q_data: Float[Array, "b g q c_q"],
+        kv_data: Float[Array, "b g k c_kv"],
+        mask: Float[Array, "b g k"],
+        bias: Float[Array, "b h q k"] | None = None,
+    ) -> Float[Array, "b g q c_out"]:
+        c_hidden = self.query_w.shape[-1]
+        query = jnp.einsum("bgqc,chd->bgqhd", q_data, self.query_w[...]) * c_hidden**-0.5
+        key = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.key_w[...])
+        value = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.value_w[...])
+        gathered = ops.attention(query, key, value, mask, bias)
+        if self.gating:
+            gate = jnp.einsum("bgqc,chd->bgqhd", q_data, self.gating_w[...]) + self.gating_b[...]
+            gathered = gathered * jax.nn.sigmoid(gate)
+        return jnp.einsum("bgqhd,hdo->bgqo", gathered, self.output_w[...]) + self.output_b[...]
+
+
+class GlobalAttention(nnx.Module):
+    """Attention whose query is the mean of a group, with one shared key head (Suppl. Alg. 19)."""
+
+    def __init__(self, c: int, num_heads: int, c_hidden: int):
+        self.query_w = parameter((c, num_heads, c_hidden), "glorot")
+        self.key_w = parameter((c, c_hidden), "glorot")
+        self.value_w = parameter((c, c_hidden), "glorot")
+        self.gating_w = parameter((c, num_heads, c_hidden), "zeros")
+        self.gating_b = parameter((num_heads, c_hidden), "ones")
+        self.output_w = parameter((num_heads, c_hidden, c), "zeros")
+        self.output_b = parameter((c,), "zeros")
+
+    def __call__(
+        self, x: Float[Array, "b g k c"], mask: Float[Array, "b g k"]
+    ) -> Float[Array, "b g k c"]:
+        c_hidden = self.query_w.shape[-1]
+        mean = _masked_mean(x, mask)
+        query = jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]) * c_hidden**-0.5
+        gathered = ops.global_attention(query, x @ self.key_w[...], x @ self.value_w[...], mask)
+        gate = jnp.einsum("bgkc,chd->bgkhd", x, self.gating_w[...]) + self.gating_b[...]
+        gathered = gathered[:, :, None] * jax.nn.sigmoid(gate)
+        return jnp.einsum("bgkhd,hdo->bgko", gathered, self.output_w[...]) + self.output_b[...]
+
+
+def _masked_mean(x: Float[Array, "b g k c"], mask: Float[Array, "b g k"]) -> Float[Array, "b g c"]:
+    wide = ops.at_least_float32(x.dtype)
+    weights = mask.astype(wide)[..., None]
+    total = jnp.sum(x.astype(wide) * weights, axis=-2)
+    return (total / (jnp.sum(weights, axis=-2) + MASKED_MEAN_EPS)).astype(x.dtype)
+
+
+class Transition(nnx.Module):
+    """Two-layer perceptron on each position (Suppl. Alg. 9 and 15); padding is not masked."""
+
+    def __init__(self, c: int, factor: int):
+        self.input_layer_norm = LayerNorm(c)
+        self.transition1 = Linear(c, c * factor, init="relu")
+        self.transition2 = Linear(c * factor, c, init="final")
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        return self.transition2(jax.nn.relu(self.transition1(self.input_layer_norm(x))))
+
+
+# Dropout ------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DropoutKey:
+    """Names the random masks of a step: ``foldcore/dropout.py`` says how.
+
+    Modules pass it on with ``enter``; its numbers may be traced, the scope is fixed.
+    """
+
+    seed: UInt32[Array, ""]
+    step: UInt32[Array, ""]
+    example_id: Int32[Array, " b"]
+    recycling: Int[Array, ""] | int = 0
+    block: Int[Array, ""] | int = 0
+    scope: str = dataclasses.field(default="", metadata={"static": True})
+
+    def enter(self, scope: str, block: Int[Array, ""] | int | None = None) -> "DropoutKey":
+        """The key of a part of the model; ``block`` is its position where it is one of a stack."""
+        path = f"{self.scope}/{scope}" if self.scope else scope
+        return dataclasses.replace(self, scope=path, block=self.block if block is None else block)
+
+    def at_pass(self, recycling: Int[Array, ""] | int) -> "DropoutKey":
+        """The key of one recycling pass."""
+        return dataclasses.replace(self, recycling=recycling)
+
+    def repeat(self, count: int) -> "DropoutKey":
+        """The key for a batch in which every example stands ``count`` times in a row."""
+        return dataclasses.replace(self, example_id=jnp.repeat(self.example_id, count))
+
+
+def dropout(
+    update: Float[Array, "b *rest"],
+    rate: float,
+    key: DropoutKey | None,
+    name: str,
+    shared_axis: int | None = None,
+) -> Float[Array, "b *rest"]:
+    """Zero a share ``rate`` of the elements and scale up the others; no key, no dropout.
+
+    The mask is the same along ``shared_axis`` (Suppl. 1.11.6).
+    """
+    if key is None or rate == 0:
+        return update
+    shape = list(update.shape)
+    if shared_axis is not None:
+        shape[shared_axis] = 1
+    keep = keep_mask(tuple(shape), rate, key, name)
+    return jnp.where(keep, update / (1 - rate), 0).astype(update.dtype)
+
+
+def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Array:
+    """Which elements of a mask of ``shape`` (batch axis first) are kept."""
+    path = definition.path_hash(f"{key.scope}/{name}")
+    stream, _ = _threefry((path, key.example_id), (key.block, key.recycling))
+    size = 1
+    for length in shape[1:]:
+        size *= length
+    element = jnp.arange(size, dtype=jnp.uint32)
+    bits, _ = _threefry((key.seed, key.step), (stream[:, None], element[None]))
+    return (bits < jnp.uint32(definition.threshold(rate))).reshape(shape)
+
+
+Word = Array | int
+
+
+def _threefry(key: tuple[Word, Word], counter: tuple[Word, Word]) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds in 32-bit arithmetic, elementwise over broadcast arrays."""
+    k0, k1, x0, x1 = (_word(w) for w in (*key, *counter))
+    keys = (k0, k1, k0 ^ k1 ^ jnp.uint32(definition.PARITY))
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for group in range(definition.GROUPS):
+        for rotation in definition.ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << rotation) | (x1 >> (32 - rotation)))
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x0, x1
+
+
+def _word(value: Word) -> UInt32[Array, "..."]:
+    if isinstance(value, int):
+        return jnp.uint32(value % 2**32)
+    return value.astype(jnp.uint32)  # two's complement: negative ids keep their bits
