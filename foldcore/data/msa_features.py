@@ -6,7 +6,7 @@ then cut to the crop, as published; everything after the assignment works on the
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from foldcore.constants import gap_code, mask_code, num_msa_codes
 
@@ -112,9 +112,9 @@ def _pack(bits: np.ndarray) -> np.ndarray:
 
 def cluster_statistics(
     centres: UInt8[np.ndarray, "s r"],
-    centre_deletions: Int[np.ndarray, "s r"],
+    centre_deletions: Integer[np.ndarray, "s r"],
     extra: UInt8[np.ndarray, "e r"],
-    extra_deletions: Int[np.ndarray, "e r"],
+    extra_deletions: Integer[np.ndarray, "e r"],
     nearest: Int[np.ndarray, "e"],
 ) -> tuple[Float[np.ndarray, "s r 23"], Float[np.ndarray, "s r"]]:
     """Profile and mean deletion count of each cluster, its centre included."""
@@ -137,7 +137,7 @@ def deletion_value(deletions: np.ndarray) -> Float[np.ndarray, "..."]:
 
 def msa_feat(
     msa: UInt8[np.ndarray, "s r"],
-    deletions: Int[np.ndarray, "s r"],
+    deletions: Integer[np.ndarray, "s r"],
     profile: Float[np.ndarray, "s r 23"],
     deletion_mean: Float[np.ndarray, "s r"],
 ) -> Float[np.ndarray, "s r 49"]:
@@ -152,7 +152,7 @@ def msa_feat(
 
 
 def extra_features(
-    extra: UInt8[np.ndarray, "e r"], deletions: Int[np.ndarray, "e r"]
+    extra: UInt8[np.ndarray, "e r"], deletions: Integer[np.ndarray, "e r"]
 ) -> dict[str, np.ndarray]:
     """Features of the rows that are not cluster centres."""
     return {

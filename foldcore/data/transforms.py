@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Float, Int, Integer, Shaped, UInt8
 
 from foldcore.config import DataConfig
 from foldcore.data import crop, msa_features
@@ -46,7 +46,7 @@ class RawExample:
     positions: Float[np.ndarray, "r 37 3"]  # angstrom; 0 where missing
     mask: Float[np.ndarray, "r 37"]
     msa: UInt8[np.ndarray, "n r"]  # codes 0..21, duplicates removed; row 0 is the chain
-    deletions: Int[np.ndarray, "n r"]  # letters deleted before each column
+    deletions: Integer[np.ndarray, "n r"]  # letters deleted before each column
     templates: Mapping[str, np.ndarray]  # template_* arrays of candidates, best first
     resolution: float  # angstrom; 0 = unknown, NMR or distillation
     is_distillation: bool = False

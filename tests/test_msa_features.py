@@ -1,0 +1,136 @@
+"""MSA features: sampling and masking by their statistics, clusters by brute force."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from foldcore.data import msa_features as f
+
+
+def random_msa(rows: int, length: int, seed: int, codes: int = 22) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, codes, (rows, length)).astype(np.uint8)
+
+
+def test_profile_counts_letters() -> None:
+    msa = random_msa(13, 9, 0)
+    expected = np.eye(22)[msa].mean(0)
+    np.testing.assert_allclose(f.alignment_profile(msa), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 11, 100])
+def test_block_deletion_removes_at_most_the_blocks(rows: int) -> None:
+    block = int(0.3 * rows)
+    for seed in range(200):
+        kept = f.delete_blocks(rows, 0.3, 5, np.random.default_rng(seed))
+        deleted = sorted(set(range(rows)) - set(kept.tolist()))
+        assert kept[0] == 0 and (np.diff(kept) > 0).all()
+        assert len(deleted) <= 5 * block
+        runs = np.split(deleted, np.flatnonzero(np.diff(deleted) != 1) + 1)
+        for run in runs if deleted else []:  # only at the end may a block be cut short
+            assert len(run) >= block or run[-1] == rows - 1
+
+
+def test_block_deletion_starts_anywhere() -> None:
+    """With one block of one row in four, each row goes with its own probability."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros(4)
+    for _ in range(3000):
+        counts[np.setdiff1d(np.arange(4), f.delete_blocks(4, 0.3, 1, rng))] += 1
+    assert counts[0] == 0
+    assert stats.chisquare(counts[1:]).pvalue > 1e-3
+
+
+def test_sampled_rows_are_uniform_and_keep_the_first() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.array([0, 3, 4, 7, 9])
+    counts = np.zeros(10)
+    for _ in range(4000):
+        kept, rest = f.sample_rows(rows, 3, rng)
+        assert kept[0] == 0
+        np.testing.assert_array_equal(np.sort(np.concatenate([kept, rest])), rows)
+        counts[kept[1:]] += 1
+    assert stats.chisquare(counts[rows[1:]]).pvalue > 1e-3
+
+
+def test_masking_has_the_published_distribution() -> None:
+    """Suppl. 1.2.7: 15 % selected; of these 70 % masked, 10 % each uniform, profile, unchanged."""
+    profile = np.random.default_rng(0).dirichlet(np.ones(22), size=2)
+    profile[:, [3, 21]] = 0
+    profile /= profile.sum(1, keepdims=True)
+    original, draws = np.array([5, 20], np.uint8), 60_000
+    msa = np.tile(original, (draws, 1))
+    masked, selected = f.mask_msa(msa, profile, 0.15, np.random.default_rng(1))
+    assert stats.binomtest(int(selected.sum()), selected.size, 0.15).pvalue > 1e-3
+    assert (masked[~selected] == msa[~selected]).all()
+    for column in range(2):
+        expected = np.zeros(23)
+        expected[:20] += 0.1 / 20
+        expected[:22] += 0.1 * profile[column]
+        expected[original[column]] += 0.1
+        expected[22] += 0.7
+        counts = np.bincount(masked[selected[:, column], column], minlength=23)
+        possible = expected > 0
+        assert not counts[~possible].any()
+        total = counts.sum()
+        assert stats.chisquare(counts[possible], total * expected[possible]).pvalue > 1e-3
+
+
+def agreement(centre: np.ndarray, row: np.ndarray) -> int:
+    return sum(a == b and a < 21 for a, b in zip(centre.tolist(), row.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 130])
+@pytest.mark.parametrize("codes", [2, 23])
+def test_clusters_by_brute_force(length: int, codes: int) -> None:
+    """Few codes make many ties; 23 codes include gaps and masked letters."""
+    centres = 22 - random_msa(7, length, 1, codes)  # 2 codes: gap and mask, nothing counts
+    extra = 22 - random_msa(40, length, 2, codes)
+    extra = np.minimum(extra, 21)
+    for centre_rows, extra_rows in ((centres, extra), (centres % 3, extra % 3)):
+        expected = [
+            int(np.argmax([agreement(c, row) for c in centre_rows.astype(int)]))
+            for row in extra_rows.astype(int)
+        ]
+        np.testing.assert_array_equal(f.assign_clusters(centre_rows, extra_rows), expected)
+
+
+def test_no_extra_rows_make_no_assignment() -> None:
+    assert f.assign_clusters(random_msa(3, 5, 0), random_msa(0, 5, 0)).shape == (0,)
+
+
+def test_cluster_statistics_by_brute_force() -> None:
+    rng = np.random.default_rng(3)
+    centres, extra = random_msa(4, 6, 1, 23), random_msa(15, 6, 2)
+    centre_deletions = rng.poisson(1.0, (4, 6)).astype(np.uint16)
+    extra_deletions = rng.poisson(1.0, (15, 6)).astype(np.uint16)
+    nearest = rng.integers(0, 3, 15)  # cluster 3 has its centre alone
+    profile, deletion_mean = f.cluster_statistics(
+        centres, centre_deletions, extra, extra_deletions, nearest
+    )
+    for s in range(4):
+        members = np.concatenate([centres[s : s + 1], extra[nearest == s]])
+        deletions = np.concatenate([centre_deletions[s : s + 1], extra_deletions[nearest == s]])
+        count = len(members) + 1e-6
+        np.testing.assert_allclose(profile[s], np.eye(23)[members].sum(0) / count, rtol=1e-12)
+        np.testing.assert_allclose(deletion_mean[s], deletions.sum(0) / count, rtol=1e-12)
+
+
+def test_msa_feat_has_the_published_order() -> None:
+    msa = np.array([[2, 22]], np.uint8)
+    profile = np.arange(46.0).reshape(1, 2, 23)
+    deletions, mean = np.array([[0, 3]], np.uint16), np.array([[1.5, 3.0]])
+    features = f.msa_feat(msa, deletions, profile, mean)
+    assert features.shape == (1, 2, 49)
+    np.testing.assert_array_equal(features[..., :23], np.eye(23)[msa])
+    np.testing.assert_array_equal(features[..., 23], [[0, 1]])
+    np.testing.assert_allclose(features[..., 24], [[0, 0.5]], rtol=1e-6)
+    np.testing.assert_array_equal(features[..., 25:48], profile)
+    np.testing.assert_allclose(features[..., 48], 2 / np.pi * np.arctan(mean / 3), rtol=1e-6)
+
+
+def test_extra_features() -> None:
+    features = f.extra_features(random_msa(2, 3, 0), np.array([[0, 1, 6], [0, 0, 0]], np.uint16))
+    np.testing.assert_array_equal(features["extra_has_deletion"], [[0, 1, 1], [0, 0, 0]])
+    expected = 2 / np.pi * np.arctan(np.array([0, 1 / 3, 2]))
+    np.testing.assert_allclose(features["extra_deletion_value"][0], expected)
+    assert features["extra_msa_mask"].shape == (2, 3) and features["extra_msa_row_mask"].all()
