@@ -1,0 +1,68 @@
+"""What the filters need, read from the structure files themselves where no table has it."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import gemmi
+
+from foldcore.data.caches import ChainInfo
+from foldcore.data.files import read_text
+from foldcore.data.mmcif import Structure
+from foldcore.errors import DataError
+
+T = TypeVar("T")
+
+
+def chain_infos(structure: Structure) -> dict[str, ChainInfo]:
+    """What a parsed entry says of each of its chains."""
+    is_nmr = "NMR" in structure.method
+    resolution = structure.resolution or (0.0 if is_nmr else None)
+    date = structure.release_date or None
+    return {
+        name: ChainInfo(chain.sequence, resolution, date)
+        for name, chain in structure.chains.items()
+    }
+
+
+def scan(
+    entries: Iterable[str], read: Callable[[str], Structure]
+) -> Iterator[tuple[str, dict[str, ChainInfo] | DataError]]:
+    """(entry, its chains or why it cannot be read), with a progress line for the patient."""
+    for entry in progress(sorted(entries), "reading structures (no cache lists their chains)"):
+        try:
+            yield entry, chain_infos(read(entry))
+        except DataError as error:
+            yield entry, error
+
+
+def entity_ids(path: str, entry: str) -> dict[str, str]:
+    """Author chain id -> ``1ABC_1`` of an mmCIF file, as RCSB's cluster files name entities."""
+    if not path.removesuffix(".gz").endswith(".cif"):
+        return {}
+    try:
+        block = gemmi.cif.read_string(read_text(path)).sole_block()
+    except (RuntimeError, ValueError) as error:
+        raise DataError(path, None, f"not readable as mmCIF: {error}") from None
+    rows = block.find("_entity_poly.", ["entity_id", "pdbx_strand_id"])
+    return {
+        chain.strip(): f"{entry.upper()}_{row.str(0)}"
+        for row in rows
+        for chain in row.str(1).split(",")
+    }
+
+
+def progress(items: list[T], what: str) -> Iterator[T]:
+    """Yield the items and say on stderr how far it is: one live line, or a line each 10 s."""
+    live = sys.stderr.isatty()
+    start = said = time.monotonic()
+    for number, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if now - said > (0.5 if live else 10.0):
+            said = now
+            end = "\r" if live else "\n"
+            print(f"{what}: {number + 1}/{len(items)}", end=end, file=sys.stderr, flush=True)
+    if said > start:
+        print(f"{what}: {len(items)}/{len(items)}", file=sys.stderr, flush=True)
