@@ -162,7 +162,7 @@ def _check_observed(
 
 
 def _one_letter(entry: Entry, entity_id: str, names: list[str]) -> str:
-    """Parent of each residue: by the entry's own statement (wwPDB: PCA is Q), then by the tables."""
+    """Parent of each residue: by the entry's own statement (wwPDB: PCA is Q), else the tables."""
     canonical = entry.canonical.get(entity_id, "")
     if len(canonical) != len(names):  # a chromophore of three residues is one name, three letters
         canonical = "X" * len(names)
@@ -213,7 +213,7 @@ def _choose(variants: list[gemmi.Residue], name: str) -> gemmi.Residue:
 
 
 def _best_atoms(residue: gemmi.Residue) -> dict[int, tuple[float, list[float]]]:
-    """atom37 slot -> (occupancy, position) of the alternative with most occupancy, else the first."""
+    """atom37 slot -> (occupancy, position) of the most occupied alternative, or the first."""
     best: dict[int, tuple[float, list[float]]] = {}
     selenium = "SD" if residue.name == "MSE" else "SE"
     for atom in residue:

@@ -1,7 +1,7 @@
 """Read multiple sequence alignments: A3M and Stockholm (HHblits, JackHMMER, MMseqs2).
 
-The query is row 0 and defines the columns. A residue that another row has between two columns is not
-a column of its own: it counts in ``deletions`` of the next column.
+The query is row 0 and defines the columns. A residue that another row has between two columns is no
+column of its own: it counts in ``deletions`` of the next column.
 """
 
 import re
