@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from foldcore import constants
 from foldcore.config import LossConfig
+from jaxfold.heads import ALIGNED_ERROR_LIMITS, DISTOGRAM_LIMITS
+from jaxfold.ops import at_least_float32
 from jaxfold.rigid import Rigid, distance, dot, rigid_from_quaternion
 from jaxfold.structure_losses import (
     angle_norm_loss,
@@ -27,8 +29,6 @@ from jaxfold.violations import structural_violation_loss
 
 Arrays = Mapping[str, Array]
 
-DISTOGRAM_BREAKS = (2.3125, 21.6875)  # first and last of 63 limits between 64 bins
-ALIGNED_ERROR_BREAKS = (0.0, 31.0)
 _CA = constants.atom_order["CA"]
 
 
@@ -85,7 +85,7 @@ def cross_entropy(
     logits: Float[Array, "*batch k"], label: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """Negative log likelihood of one class, in at least float32."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     # one-hot, because the gradient of a gather is a scatter
     chosen = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     return -jnp.sum(chosen * jax.nn.log_softmax(logits), axis=-1)
@@ -96,17 +96,17 @@ def distogram_loss(outputs: Arrays, batch: Arrays) -> Float[Array, " b"]:
     logits = outputs["distogram_logits"]
     points, mask = batch["pseudo_beta"], batch["pseudo_beta_mask"]
     difference = points[:, :, None] - points[:, None]
-    label = _squared_bin(dot(difference, difference), DISTOGRAM_BREAKS, logits.shape[-1])
+    label = _squared_bin(dot(difference, difference), DISTOGRAM_LIMITS, logits.shape[-1])
     pair_mask = mask[:, :, None] * mask[:, None]
     return masked_mean(pair_mask, cross_entropy(logits, label), 1e-6)
 
 
 def _squared_bin(
-    squared: Float[Array, "b i j"], breaks: tuple[float, float], bins: int
+    squared: Float[Array, "b i j"], limits: tuple[float, float], bins: int
 ) -> Int[Array, "b i j"]:
     """Index of the bin a squared distance falls into."""
-    limits = jnp.linspace(*breaks, bins - 1, dtype=squared.dtype) ** 2
-    return jnp.sum(squared[..., None] > limits, axis=-1)
+    breaks = jnp.linspace(*limits, bins - 1, dtype=squared.dtype)
+    return jnp.sum(squared[..., None] > breaks**2, axis=-1)
 
 
 def masked_msa_loss(outputs: Arrays, batch: Arrays) -> Float[Array, " b"]:
@@ -156,7 +156,7 @@ def aligned_error_loss(outputs: Arrays, batch: Arrays) -> Float[Array, " b"]:
     mask = batch["backbone_affine_mask"]
     pair_mask = mask[:, :, None] * mask[:, None]
     error = _seen_from_each_frame(jax.lax.stop_gradient(last)) - _seen_from_each_frame(target)
-    label = _squared_bin(dot(error, error), ALIGNED_ERROR_BREAKS, logits.shape[-1])
+    label = _squared_bin(dot(error, error), ALIGNED_ERROR_LIMITS, logits.shape[-1])
     return masked_mean(pair_mask, cross_entropy(logits, label), 1e-8)
 
 
