@@ -59,7 +59,8 @@ def _structure(
     for i, restype in enumerate(aatype):
         residue = _residue(i, constants.resnames[restype], int(residue_index[i]), chain_id)
         for slot in np.flatnonzero(mask[i]):
-            residue.add_atom(_atom(constants.atom_types[slot], positions[i, slot], plddt[i]))
+            atom_name = constants.atom_types[slot]
+            residue.add_atom(_atom(atom_name, positions[i, slot], float(plddt[i])))
         chain.add_residue(residue)
     structure, model, entity = gemmi.Structure(), gemmi.Model(1), gemmi.Entity("1")
     entity.entity_type = gemmi.EntityType.Polymer
@@ -90,5 +91,5 @@ def _atom(name: str, position: np.ndarray, plddt: float) -> gemmi.Atom:
     atom.name = name
     atom.element = gemmi.Element(name[0])
     atom.pos = gemmi.Position(*(round(float(x), 3) for x in position))
-    atom.b_iso = round(float(plddt), 2)
+    atom.b_iso = round(plddt, 2)
     return atom

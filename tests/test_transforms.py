@@ -13,6 +13,7 @@ from scipy import stats
 from foldcore.config import DataConfig
 from foldcore.data.crop import choose_templates, crop_start, is_clamped
 from foldcore.data.labels import make_labels
+from foldcore.data.templates import stack_templates
 from foldcore.data.transforms import RawExample, collate, make_example
 from foldcore.features import FEATURES, dimensions, validate
 
@@ -235,6 +236,13 @@ def test_templates_are_chosen_as_published() -> None:
     assert all(len(set(c)) == len(c) for c in chosen)
     np.testing.assert_array_equal(choose_templates(6, 4, rng, False), [0, 1, 2, 3])
     assert len(choose_templates(0, 4, rng, True)) == 0
+
+
+def test_a_chain_without_templates() -> None:
+    raw = replace(random_raw(), templates=stack_templates([], 0, 30))
+    example = make_example(raw, CONFIG, KEY)
+    check_schema(example, CONFIG)
+    assert not any(example[name].any() for name in example if name.startswith("template"))
 
 
 def test_only_the_first_candidates_are_templates() -> None:
