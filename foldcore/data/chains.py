@@ -12,6 +12,7 @@ from foldcore.errors import DataError
 
 # 592 bytes a residue; the largest entry of the wwPDB has well under half of this.
 MAX_RESIDUES = 4_000_000
+MAX_COORDINATE = 1e6  # angstrom; the columns of a PDB file end at 1e4
 
 _N_H1, _N_H2, _C_D = (constants.atom_order[name] for name in ("NH1", "NH2", "CD"))
 # Atoms a residue of each type may have: those of the type and OXT; X keeps whatever has a slot.
@@ -192,13 +193,13 @@ def _atoms(
     for place, variants in groups.items():
         residue = _choose(variants, names[place])
         other += residue.name != names[place]
-        atoms = _best_atoms(residue)
-        slots = list(atoms)
-        positions[place, slots] = [xyz for _, xyz in atoms.values()]
-        mask[place, slots] = 1
-        if not np.isfinite(positions[place]).all():
-            where = f"residue {residue.name} {residue.seqid} of chain {chain_id}"
-            raise DataError(entry.path, None, f"{where} has a coordinate that is not a number")
+        for slot, (_, xyz) in _best_atoms(residue).items():
+            if not all(abs(x) < MAX_COORDINATE for x in xyz):  # also false for NaN
+                where = f"atom {constants.atom_types[slot]} of {residue.name} {residue.seqid}"
+                reason = f"{where} of chain {chain_id} has no valid coordinates: {xyz}"
+                raise DataError(entry.path, None, reason)
+            positions[place, slot] = xyz
+            mask[place, slot] = 1
     if other:
         entry.warnings.append(f"chain {chain_id}: {other} residues are not those of SEQRES")
     return positions, mask

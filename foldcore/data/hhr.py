@@ -47,10 +47,10 @@ def parse_hhr(text: str, path: str | Path) -> list[TemplateHit]:
     lines = text.split("\n")
     if not lines[0].startswith("Query "):
         raise DataError(path, 1, "not an hhr file: it must start with 'Query'")
-    starts = [i for i, line in enumerate(lines) if re.match(r"No \d+\s*$", line)]
+    starts = [i for i, line in enumerate(lines) if re.match(r"No \d{1,9}\s*$", line)]
     if not starts and (listed := _first_listed(lines)):
         raise DataError(path, listed, "a hit is listed, but no alignment follows: truncated")
-    ends = [*starts[1:], len(lines)]
+    ends = [*starts[1:], len(lines)] if starts else []
     return [_hit(lines[a:b], a + 1, path) for a, b in zip(starts, ends, strict=True)]
 
 

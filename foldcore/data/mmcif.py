@@ -136,6 +136,13 @@ def _canonical(block: gemmi.cif.Block) -> dict[str, str]:
 def _observed(block: gemmi.cif.Block) -> dict[str, set[int]]:
     observed: dict[str, set[int]] = {}
     for row in block.find("_pdbx_poly_seq_scheme.", ["asym_id", "seq_id", "auth_mon_id"]):
-        if row[2] not in ("?", ".") and row[1].isdecimal():
+        if row[2] not in ("?", ".") and re.fullmatch(r"\d{1,9}", row[1]):
             observed.setdefault(row.str(0), set()).add(int(row[1]))
     return observed
+
+
+def _translate(error: Exception, path: str) -> DataError:
+    """gemmi's "string:12:0(345): reason" or "string:12 in data_X: reason"."""
+    if match := re.match(r"\w*:(\d+)(?::\d+\(\d+\))?(.*)", str(error), re.DOTALL):
+        return DataError(path, int(match[1]), match[2].strip(": \n"))
+    return DataError(path, None, f"not a readable mmCIF file: {error}")

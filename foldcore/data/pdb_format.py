@@ -4,7 +4,7 @@ import re
 
 import gemmi
 
-from foldcore.data.chains import Entry
+from foldcore.data.chains import MAX_COORDINATE, Entry
 from foldcore.errors import DataError
 
 _MONTHS = "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC".split()
@@ -15,6 +15,7 @@ _OCCUPANCY_COLUMNS = slice(54, 60)
 
 def parse_pdb(text: str, path: str, fallback_id: str) -> Entry:
     """Entry of a PDB file; SEQRES is aligned with the resolved residues."""
+    text = text.encode("ascii", "replace").decode()  # columns: one byte a character
     lines = text.split("\n")
     warnings: list[str] = []
     _check_atoms(lines, path)
@@ -51,7 +52,7 @@ def _check_atoms(lines: list[str], path: str) -> None:
         except ValueError:
             reason = f"atom record without valid coordinates or occupancy: {line[:66]!r}"
             raise DataError(path, number, reason) from None
-        if not all(abs(x) < 1e6 for x in coordinates):  # also false for NaN
+        if not all(abs(x) < MAX_COORDINATE for x in coordinates):  # also false for NaN
             raise DataError(path, number, f"coordinates out of range: {line[30:54]!r}")
     if not found:
         raise DataError(path, None, "no atom records: not a PDB file, or truncated")
