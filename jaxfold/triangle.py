@@ -1,0 +1,81 @@
+"""Updates of the pair representation around triangles of residues (Suppl. Alg. 11-15)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxfold import ops
+from jaxfold.primitives import Attention, LayerNorm, Linear, parameter
+
+
+class TriangleMultiplication(nnx.Module):
+    """Edge ij from all edges to a third residue k (Suppl. Alg. 11 and 12)."""
+
+    outgoing: bool
+
+    def __init__(self, c_z: int, c_hidden: int):
+        self.layer_norm_input = LayerNorm(c_z)
+        self.left_projection = Linear(c_z, c_hidden)
+        self.right_projection = Linear(c_z, c_hidden)
+        self.left_gate = Linear(c_z, c_hidden, init="gating")
+        self.right_gate = Linear(c_z, c_hidden, init="gating")
+        self.center_layer_norm = LayerNorm(c_hidden)
+        self.output_projection = Linear(c_hidden, c_z, init="final")
+        self.gating_linear = Linear(c_z, c_z, init="gating")
+
+    def __call__(
+        self, pair: Float[Array, "b i j c_z"], pair_mask: Float[Array, "b i j"]
+    ) -> Float[Array, "b i j c_z"]:
+        x = self.layer_norm_input(pair)
+        mask = pair_mask[..., None].astype(x.dtype)
+        left = mask * self.left_projection(x) * jax.nn.sigmoid(self.left_gate(x))
+        right = mask * self.right_projection(x) * jax.nn.sigmoid(self.right_gate(x))
+        product = ops.triangle_product(left, right, self.outgoing)
+        update = self.output_projection(self.center_layer_norm(product))
+        return update * jax.nn.sigmoid(self.gating_linear(x))
+
+
+class TriangleMultiplicationOutgoing(TriangleMultiplication):
+    """Over the edges that leave i and j (Suppl. Alg. 11)."""
+
+    outgoing = True
+
+
+class TriangleMultiplicationIncoming(TriangleMultiplication):
+    """Over the edges that arrive at i and j (Suppl. Alg. 12)."""
+
+    outgoing = False
+
+
+class TriangleAttention(nnx.Module):
+    """Attention among the edges that share a residue, biased by the third edge (Alg. 13, 14)."""
+
+    starting: bool
+
+    def __init__(self, c_z: int, num_heads: int, c_hidden: int):
+        self.query_norm = LayerNorm(c_z)
+        self.feat_2d_weights = parameter((c_z, num_heads), "normal")
+        self.attention = Attention(c_z, c_z, c_z, num_heads, c_hidden)
+
+    def __call__(
+        self, pair: Float[Array, "b i j c_z"], pair_mask: Float[Array, "b i j"]
+    ) -> Float[Array, "b i j c_z"]:
+        if not self.starting:
+            pair, pair_mask = pair.swapaxes(1, 2), pair_mask.swapaxes(1, 2)
+        x = self.query_norm(pair)
+        bias = jnp.einsum("bqkc,ch->bhqk", x, self.feat_2d_weights[...])
+        update = self.attention(x, x, pair_mask, bias)
+        return update if self.starting else update.swapaxes(1, 2)
+
+
+class TriangleAttentionStartingNode(TriangleAttention):
+    """Among the edges that start at i (Suppl. Alg. 13)."""
+
+    starting = True
+
+
+class TriangleAttentionEndingNode(TriangleAttention):
+    """Among the edges that end at j (Suppl. Alg. 14)."""
+
+    starting = False
