@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int32
@@ -22,7 +22,7 @@ from foldcore.data.sampler import Source
 from foldcore.data.transforms import RawExample
 from foldcore.errors import DataError
 
-CACHE_BYTES = 512 << 20  # of parsed files and of whole chains, in each process
+CACHE_BYTES = 256 << 20  # of parsed structures, and as much of whole chains, in each process
 T = TypeVar("T")
 
 
@@ -45,7 +45,8 @@ class Dataset:
         self.distillation = distillation
         self.layout = find_layout(path)
         self.report = Report(self.layout.root)
-        self._cache = _Cache(cache_bytes)
+        self._structures = _Cache[Structure](cache_bytes)
+        self._raws = _Cache[RawExample](cache_bytes)
         caches = read_caches(self.layout.root)
         places = join(self.layout, caches, self.report)
         infos = describe(places, caches, self.report, self.structure)
@@ -66,7 +67,8 @@ class Dataset:
     def __getstate__(self) -> dict[str, Any]:
         """What a loader process gets: the records, without parsed files and past reports."""
         state = self.__dict__.copy()
-        state["_cache"] = _Cache(self._cache.maximum)
+        state["_structures"] = _Cache[Structure](self._structures.maximum)
+        state["_raws"] = _Cache[RawExample](self._raws.maximum)
         state["report"] = Report(self.layout.root)
         return state
 
@@ -88,17 +90,18 @@ class Dataset:
         if entry not in self.layout.structures:
             raise DataError(self.layout.root, None, f"no structure of entry {entry!r}")
         path = self.layout.structures[entry]
-        return self._cache.get(("structure", entry), lambda: read_structure(path), _structure_bytes)
+        return self._structures.get(entry, lambda: read_structure(path), _structure_bytes)
 
     def raw(self, chain_id: str) -> RawExample:
         """One whole chain, parsed now or remembered; :class:`DataError` names the file at fault."""
-        return self._cache.get(("raw", chain_id), lambda: self._read(chain_id), _raw_bytes)
+        return self._raws.get(chain_id, lambda: self._read(chain_id), _raw_bytes)
 
     def _read(self, chain_id: str) -> RawExample:
         record = self.records[chain_id]
         structure = self.structure(record.place.entry)
-        for warning in structure.warnings:
-            self.report.note(f"read in another way: {warning}", chain_id)
+        if structure.warnings:
+            what = "departures from the structure file"
+            self.report.note(what, chain_id, len(structure.warnings))
         chain = _chain(structure, record.place.chain)
         msas, hits = alignment_files(record.place.folder)
         msa = self._msa(chain_id, chain, msas)
@@ -216,15 +219,15 @@ def _raw_bytes(raw: RawExample) -> int:
     return sum(array.nbytes for array in arrays)
 
 
-class _Cache:
+class _Cache(Generic[T]):
     """The most recently used parsed objects, up to a total size in bytes."""
 
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
-        self._entries: OrderedDict[tuple[str, str], tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[T, int]] = OrderedDict()
         self._total = 0
 
-    def get(self, key: tuple[str, str], make: Callable[[], T], size: Callable[[T], int]) -> T:
+    def get(self, key: str, make: Callable[[], T], size: Callable[[T], int]) -> T:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key][0]

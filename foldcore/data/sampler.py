@@ -85,7 +85,8 @@ class Plan:
         digest = hashlib.blake2b(f"{self.seed} {self._share}".encode(), digest_size=6)
         for source in self.sources:
             digest.update("\n".join(source.chains).encode())
-            digest.update(np.asarray(source.weights, "<f8").tobytes())
+            # rounded, so that the last bit of another machine's arithmetic does not count
+            digest.update(np.rint(source.weights * 2.0**32).astype("<i8").tobytes())
         return int.from_bytes(digest.digest(), "little")
 
     def _mix(self, position: int) -> tuple[int, int]:
