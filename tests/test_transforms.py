@@ -13,6 +13,7 @@ from scipy import stats
 from foldcore.config import DataConfig
 from foldcore.data.crop import choose_templates, crop_start, is_clamped
 from foldcore.data.labels import make_labels
+from foldcore.data.msa_features import deletion_value
 from foldcore.data.templates import stack_templates
 from foldcore.data.transforms import RawExample, collate, make_example
 from foldcore.features import FEATURES, dimensions, validate
@@ -153,6 +154,46 @@ def test_features_are_those_of_the_crop() -> None:
         candidates = {t.tobytes() for t in raw.templates[f"template_{name}"][:, window]}
         present = example[f"template_{name}"][example["template_mask"] == 1]
         assert all(t.tobytes() in candidates for t in present)
+
+
+def test_rows_keep_their_deletions_and_masks_their_place() -> None:
+    raw = random_raw(length=40, rows=60)
+    raw = replace(raw, deletions=(raw.msa % 3).astype(np.uint16))  # the letter tells the count
+    config = replace(CONFIG, masked_msa_fraction=0.5)
+    example = make_example(raw, config, KEY)
+    for msa, value, mask in (
+        ("true_msa", example["msa_feat"][..., 24], "msa_mask"),
+        ("extra_msa", example["extra_deletion_value"], "extra_msa_mask"),
+    ):
+        expected = deletion_value(example[msa] % 3) * example[mask]
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+    shown = example["msa_feat"][..., :23].argmax(-1)
+    changed = shown != example["true_msa"]
+    assert not changed[example["bert_mask"] == 0].any()
+    assert 0.8 < changed[example["bert_mask"] == 1].mean() < 1
+
+
+def test_a_key_means_the_same_example_for_ever() -> None:
+    """A change here changes every run that is resumed or replayed."""
+    example = make_example(random_raw(length=200, rows=80, templates=9), CONFIG, KEY)
+    got = {
+        "start": int(example["residue_index"][0]),
+        "clamped": float(example["use_clamped_fape"]),
+        "templates": round(float(example["template_sum_probs"].sum()), 4),
+        "centres": example["true_msa"].sum((1, 2)).tolist(),
+        "masked": example["bert_mask"].sum((1, 2)).tolist(),
+        "shown": example["msa_feat"][..., :23].argmax(-1).sum((1, 2)).tolist(),
+        "extra": example["extra_msa"].sum((1, 2)).tolist(),
+    }
+    assert got == {
+        "start": 96,
+        "clamped": 1.0,
+        "templates": 1.3429,
+        "centres": [976, 941, 933, 1025],
+        "masked": [22.0, 14.0, 16.0, 23.0],
+        "shown": [1123, 1140, 1041, 1168],
+        "extra": [1284, 675, 1268, 1310],
+    }
 
 
 def test_template_pseudo_beta_is_ca_for_glycine_and_cb_otherwise() -> None:
