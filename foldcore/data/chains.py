@@ -187,21 +187,27 @@ def _parent(name: str, canonical: str, modified_from: str) -> str:
 def _atoms(
     entry: Entry, chain_id: str, names: list[str], groups: dict[int, list[gemmi.Residue]]
 ) -> tuple[Float32[np.ndarray, "r 37 3"], Float32[np.ndarray, "r 37"]]:
-    positions = np.zeros((len(names), 37, 3), np.float32)
-    mask = np.zeros((len(names), 37), np.float32)
+    at: list[tuple[int, int]] = []
+    coordinates: list[list[float]] = []
     other = 0
     for place, variants in groups.items():
         residue = _choose(variants, names[place])
         other += residue.name != names[place]
         for slot, (_, xyz) in _best_atoms(residue).items():
-            if not all(abs(x) < MAX_COORDINATE for x in xyz):  # also false for NaN
-                where = f"atom {constants.atom_types[slot]} of {residue.name} {residue.seqid}"
-                reason = f"{where} of chain {chain_id} has no valid coordinates: {xyz}"
-                raise DataError(entry.path, None, reason)
-            positions[place, slot] = xyz
-            mask[place, slot] = 1
+            at.append((place, slot))
+            coordinates.append(xyz)
     if other:
         entry.warnings.append(f"chain {chain_id}: {other} residues are not those of SEQRES")
+    places, slots = np.array(at, np.int64).reshape(-1, 2).T
+    values = np.array(coordinates).reshape(-1, 3)
+    invalid = np.flatnonzero(~(np.abs(values) < MAX_COORDINATE).all(axis=1))  # NaN is invalid too
+    if invalid.size:
+        place, slot = at[invalid[0]]
+        where = f"atom {constants.atom_types[slot]} of residue {place + 1} of chain {chain_id}"
+        raise DataError(entry.path, None, f"{where} has no valid coordinates")
+    positions = np.zeros((len(names), 37, 3), np.float32)
+    mask = np.zeros((len(names), 37), np.float32)
+    positions[places, slots], mask[places, slots] = values, 1
     return positions, mask
 
 
