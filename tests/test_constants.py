@@ -1,6 +1,5 @@
 """Chemistry tables: equal to DeepMind's published ones, and consistent with each other."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import deepmind
@@ -11,8 +10,8 @@ from foldcore import constants as c
 
 
 @pytest.fixture(scope="module")
-def published(shared_data: Path) -> SimpleNamespace:
-    deepmind.load(shared_data)
+def published() -> SimpleNamespace:
+    deepmind.load()
     from alphafold.common import residue_constants
     from alphafold.model import all_atom
 

@@ -1,7 +1,5 @@
 """Structure metrics: known cases, brute force, and DeepMind's lDDT."""
 
-from pathlib import Path
-
 import deepmind
 import numpy as np
 import pytest
@@ -130,8 +128,8 @@ def test_nothing_to_compare_is_nan(metric) -> None:
     assert np.isnan(metric(trace(5), trace(5), np.eye(5)[2]))
 
 
-def test_lddt_agrees_with_deepmind(shared_data: Path) -> None:
-    deepmind.load(shared_data)
+def test_lddt_agrees_with_deepmind() -> None:
+    deepmind.load()
     from alphafold.model import lddt
 
     rng = np.random.default_rng(6)
