@@ -34,8 +34,8 @@ class WorkerPool:
         self._ready: dict[int, Prepared] = {}
         self._error: WorkerError | None = None
         self._changed = threading.Condition()
-        self._stop, stopped = Pipe()
-        self._receiver = threading.Thread(target=self._receive, args=(stopped,), daemon=True)
+        self._stop, self._stopped = Pipe()
+        self._receiver = threading.Thread(target=self._receive, daemon=True)
         self._receiver.start()
 
     def submit(self, position: int, num_iter_recycling: int) -> None:
@@ -58,6 +58,7 @@ class WorkerPool:
             self._stop.send(None)
             self._receiver.join()
             self._stop.close()
+            self._stopped.close()
             for worker in self._workers:
                 worker.end()
 
@@ -71,11 +72,11 @@ class WorkerPool:
                     except OSError:
                         self._error = worker.death()
 
-    def _receive(self, stopped: Connection) -> None:
+    def _receive(self) -> None:
         by_connection = {worker.connection: worker for worker in self._workers}
         while not self._error:
-            arrived = wait([stopped, *by_connection])
-            if stopped in arrived:
+            arrived = wait([self._stopped, *by_connection])
+            if self._stopped in arrived:
                 return
             for connection in arrived:
                 worker = by_connection[connection]  # type: ignore[index]
