@@ -184,7 +184,7 @@ def _illegal_a3m(chunk: Sequence[tuple[int, str, str]], path: str | Path) -> Dat
 
 def parse_stockholm(text: str, path: str | Path, max_rows: int | None = None) -> Msa:
     """Parse Stockholm text, blocks interleaved or not; ``path`` is named in errors."""
-    pieces, lines = _stockholm_rows(text.split("\n"), path, max_rows)
+    pieces, lines = _stockholm_rows(text.rstrip().split("\n"), path, max_rows)
     if not any(pieces.values()):
         raise DataError(path, None, "no records")
     kept = {name: "".join(row).encode() for name, row in pieces.items() if row}
