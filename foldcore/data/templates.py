@@ -28,7 +28,8 @@ MAX_CA_CA_DISTANCE = 150.0  # angstrom, between neighbours; more is a damaged or
 MIN_ATOMS = 5
 MIN_REALIGNED_IDENTITY = 0.9
 # Realignment of two versions of one protein: global, affine gaps. Mismatches are cheap beside gaps,
-# so that point mutations stay in place; gaps are cheap to extend, so that missing ends cost little.
+# so that point mutations stay in place. A structure that goes on beyond the ends of the piece opens
+# no gap there; if it did, one residue of the piece could as well stand apart from the others.
 _MATCH, _MISMATCH, _GAP_OPEN, _GAP_EXTEND = 2, -2, -5, -1
 _MAX_ALIGNMENT_CELLS = 200_000_000  # a byte each
 
@@ -180,8 +181,10 @@ def _shift(aligned: str, indices: Int32[np.ndarray, " a"], sequence: str) -> int
     The place that its numbers name is tried first, then any other; X fits every residue.
     """
     letters = aligned.replace("-", "")
-    piece = re.compile("".join("." if letter == "X" else f"[{letter}X]" for letter in letters))
     start = int(indices[indices >= 0][0])
+    if sequence.startswith(letters, start):  # nearly always; compiling a pattern is slow
+        return 0
+    piece = re.compile("".join("." if letter == "X" else f"[{letter}X]" for letter in letters))
     found = piece.match(sequence, start) or piece.search(sequence)
     return found.start() - start if found else None
 
@@ -195,7 +198,8 @@ def _realign(piece: str, sequence: str) -> Int32[np.ndarray, " n"]:
     scoring = gemmi.AlignmentScoring()
     scoring.match, scoring.mismatch = _MATCH, _MISMATCH
     scoring.gapo, scoring.gape = _GAP_OPEN, _GAP_EXTEND
-    result = gemmi.align_string_sequences(list(sequence), list(piece), [], scoring)
+    openings = [0, *[_GAP_OPEN] * (len(piece) - 1), 0]  # before each residue of the piece, and last
+    result = gemmi.align_string_sequences(list(sequence), list(piece), openings, scoring)
     identity = result.match_count / min(len(piece), len(sequence))
     if identity < MIN_REALIGNED_IDENTITY:
         raise _Unusable(
