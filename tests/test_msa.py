@@ -167,10 +167,10 @@ def test_damaged_stockholm_is_explained() -> None:
     assert _error("x.sto", _STOCKHOLM[:-3]) == "x.sto:14: no // at the end: truncated"
     assert _error("x.sto", "# STOCKHOLM 1.0\n//\n") == "x.sto: no records"
     ragged = _STOCKHOLM.replace("E---", "E--")
-    assert _error("x.sto", ragged) == "x.sto:12: ragged: 'first' has 8 columns, the query 9"
+    assert _error("x.sto", ragged) == "x.sto:13: ragged: 'first' has 8 columns, the query 9"
     fields = _STOCKHOLM.replace("E---", "E- --")
-    assert _error("x.sto", fields).startswith("x.sto:12: expected a name and a sequence")
-    assert _error("x.sto", _STOCKHOLM.replace("-FLA", "-F1A")) == "x.sto:13: illegal character '1'"
+    assert _error("x.sto", fields).startswith("x.sto:13: expected a name and a sequence")
+    assert _error("x.sto", _STOCKHOLM.replace("-FLA", "-F1A")) == "x.sto:14: illegal character '1'"
     assert _error("x.sto", "# STOCKHOLM 1.0\nq ...\n//\n") == "x.sto:2: the query has no residues"
 
 
