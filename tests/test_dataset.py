@@ -12,6 +12,7 @@ from small_sets import CHAINS, EMBEDDED, build, content, msa, write
 from foldcore.config import DataConfig
 from foldcore.data.dataset import Dataset, open_validation, split
 from foldcore.data.layout import alignment_files, find_layout
+from foldcore.data.scan import progress
 from foldcore.errors import DataError
 
 CONFIG = DataConfig(accept_unknown=True)
@@ -369,6 +370,17 @@ def test_two_chains_in_a_file_of_one(tmp_path: Path) -> None:
     write(tmp_path / "alignments" / "predicted" / "x.a3m", msa("1bd2_A"))
     with pytest.raises(DataError, match="every chain was filtered out"):
         Dataset(str(tmp_path), CONFIG)
+
+
+def test_a_long_scan_tells_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 4))  # seconds
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    assert list(progress(list("abcdef"), "reading")) == list("abcdef")
+    assert capsys.readouterr().err == "reading: 3/6\nreading: 6/6\n"
+    assert list(progress(list("ab"), "reading")) == ["a", "b"]
+    assert capsys.readouterr().err == ""
 
 
 def test_the_embedded_set_lies_in_the_package() -> None:

@@ -56,13 +56,12 @@ def entity_ids(path: str, entry: str) -> dict[str, str]:
 def progress(items: list[T], what: str) -> Iterator[T]:
     """Yield the items and say on stderr how far it is: one live line, or a line each 10 s."""
     live = sys.stderr.isatty()
-    start = said = time.monotonic()
-    for number, item in enumerate(items):
+    said, said_anything = time.monotonic(), False
+    for number, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - said > (0.5 if live else 10.0):
-            said = now
-            end = "\r" if live else "\n"
-            print(f"{what}: {number + 1}/{len(items)}", end=end, file=sys.stderr, flush=True)
-    if said > start:
-        print(f"{what}: {len(items)}/{len(items)}", file=sys.stderr, flush=True)
+        due = now - said > (0.5 if live else 10.0)
+        if due or (said_anything and number == len(items)):
+            said, said_anything = now, True
+            end = "\r" if live and number < len(items) else "\n"
+            print(f"{what}: {number}/{len(items)}", end=end, file=sys.stderr, flush=True)

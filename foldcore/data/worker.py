@@ -2,7 +2,8 @@
 
 A worker is a fresh interpreter that runs this module, never a fork and never a second run of the
 user's script: it imports neither jax nor torch, and scripts need no ``if __name__ == "__main__"``.
-It ends when its parent closes the connection or dies, by whatever cause.
+It ends when its parent closes the connection or dies, by whatever cause. Starting one takes about
+half a second of a free core; the connection copies an example once, by pickling.
 """
 
 import os
