@@ -53,9 +53,9 @@ class Checkpoint:
         prefix = section + "/"
         found = {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
         try:
-            return layout.flatten(found)
+            return layout.flatten(found, f"{self.path}: section {section!r}")
         except LayoutError as error:
-            raise CheckpointError(f"{self.path}: section {section!r}: {error}") from None
+            raise CheckpointError(str(error)) from None
 
 
 class CheckpointWriter:

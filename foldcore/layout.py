@@ -37,25 +37,31 @@ class Layout:
             for name, shape, offset in self
         }
 
-    def flatten(self, arrays: Mapping[str, np.ndarray]) -> Float32[np.ndarray, " n"]:
-        """One float32 buffer; a missing, unknown or misshapen array is a :class:`LayoutError`."""
-        self.check({name: array.shape for name, array in arrays.items()})
+    def flatten(
+        self, arrays: Mapping[str, np.ndarray], origin: str = "parameters"
+    ) -> Float32[np.ndarray, " n"]:
+        """One float32 buffer; a missing, unknown or misshapen array is a :class:`LayoutError`.
+
+        ``origin`` says in its message where the arrays come from.
+        """
+        self.check({name: array.shape for name, array in arrays.items()}, origin)
         flat = np.empty(self.size, np.float32)
         for name, shape, offset in self:
             flat[offset : offset + math.prod(shape)] = np.ravel(arrays[name])
         return flat
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
         """Raise :class:`LayoutError` unless exactly these names and shapes are given."""
-        for name in sorted(shapes.keys() | set(self.names)):
+        expected = dict(zip(self.names, self.shapes, strict=True))
+        for name in sorted(shapes.keys() | expected.keys()):
             if name not in shapes:
-                raise LayoutError(f"array {name!r} is missing")
-            if name not in self.names:
-                raise LayoutError(f"array {name!r} is not part of this model")
-        for name, shape, _ in self:
-            if tuple(shapes[name]) != shape:
+                raise LayoutError(f"{origin}: array {name!r} is missing")
+            if name not in expected:
+                raise LayoutError(f"{origin}: array {name!r} is not part of this model")
+            if tuple(shapes[name]) != expected[name]:
                 raise LayoutError(
-                    f"array {name!r} has shape {tuple(shapes[name])}, but this model needs {shape}"
+                    f"{origin}: array {name!r} has shape {tuple(shapes[name])}, "
+                    f"but this model needs {expected[name]}"
                 )
 
 

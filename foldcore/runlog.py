@@ -4,29 +4,39 @@
     metrics.jsonl    one row a log step and an evaluation; cut back to the checkpoint on resume
     tensorboard/     the same numbers as TensorBoard events
     run.log          every line printed, with its time
+    data_report.tsv  what became of every chain of the data set
     checkpoints/     see foldcore/checkpoint.py
 
 A terminal shows live progress; anywhere else a plain line a log step appears. With
 ``enabled=False`` (every process but the first) nothing is written or shown.
 """
 
+import fcntl
 import json
 import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from foldcore.checkpoint import CheckpointError
 from foldcore.config import Config, ConfigError, dumps, load
+from foldcore.data.loader import Loader, LoaderError
+from foldcore.data.worker import WorkerError
+from foldcore.deepmind import ParameterFileError
+from foldcore.errors import DataError
+from foldcore.layout import LayoutError
 
 # fields that may change when a run continues: none of them alters a number that was already logged
 FREE_FIELDS = frozenset(
@@ -37,7 +47,24 @@ SHOWN = ("loss/total", "grad_norm", "learning_rate", "examples_per_s", "data_wai
 
 
 class NonFiniteError(ArithmeticError):
-    """Training met a value that is not finite; the message names the term and the step."""
+    """A step produced a value that is not finite; its update was skipped."""
+
+    def __init__(self, step: int, name: str) -> None:
+        super().__init__(f"{name} is not finite at step {step}; that update was skipped")
+        self.step, self.name = step, name
+
+
+# what a user can mend: shown as one line, without a traceback
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    LoaderError,
+    WorkerError,
+    CheckpointError,
+    LayoutError,
+    ParameterFileError,
+    NonFiniteError,
+)
 
 
 class RunLog:
@@ -51,6 +78,12 @@ class RunLog:
         if enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._text = (self.folder / "run.log").open("a", encoding="utf-8")
+            try:  # held until this process ends, however it ends
+                fcntl.flock(self._text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{folder}: another process is at work in this run folder"
+                ) from None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -69,10 +102,11 @@ class RunLog:
             self._progress.stop()
         self._text.close()
 
-    def begin(self, step: int) -> None:
-        """Open the metrics for a run that stands at ``step``: rows of later steps are dropped."""
+    def begin(self, step: int, config: Config) -> None:
+        """Open the metrics of a run that stands at ``step``: rows of later steps are dropped."""
         if not self._enabled:
             return
+        _replace(self.folder / "config.toml", dumps(config))
         path = self.folder / "metrics.jsonl"
         _truncate(path, step)
         self._rows = path.open("a", encoding="utf-8")
@@ -96,6 +130,14 @@ class RunLog:
             self._progress.console.print(line, markup=False, highlight=False)
         else:
             print(line, flush=True)
+
+    def data(self, loader: Loader) -> None:
+        """Write what became of every chain of the data sets to ``data_report.tsv``."""
+        if not self._enabled:
+            return
+        for number, dataset in enumerate(loader.datasets):
+            name = f"data_report_{number}.tsv" if number else "data_report.tsv"
+            dataset.report.write(self.folder / name)
 
     def tick(self, step: int) -> None:
         """Move the live progress to ``step``; nothing is shown where there is no terminal."""
@@ -138,11 +180,18 @@ class Window:
         self._steps += 1
         self._waited += waited
 
-    def close(self, batch_size: int) -> dict[str, float]:
-        """The mean over the pending steps with the rates, then start anew.
+    def land(self, fetch: Callable[[Any], Any], step: int) -> None:
+        """Bring the pending metrics to the host; ``step`` is that of the last one.
 
-        The pending metrics must be on the host and finite.
+        Raises :class:`NonFiniteError` for the first value that is not finite.
         """
+        self.pending = [{k: float(v) for k, v in m.items()} for m in fetch(self.pending)]
+        if bad := first_non_finite(self.pending):
+            position, name = bad
+            raise NonFiniteError(step - len(self.pending) + 1 + position, name)
+
+    def close(self, batch_size: int) -> dict[str, float]:
+        """The mean over the pending steps, which must have landed, and the rates; then restart."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         names = self.pending[0]
         row = {k: math.fsum(m[k] for m in self.pending) / len(self.pending) for k in names}
@@ -152,6 +201,13 @@ class Window:
         self.pending = []
         self.restart_clock()
         return row
+
+
+def keep_batch(path: Path, loader: Loader, step: int, batch_size: int) -> None:
+    """Rebuild the loader's batch of an earlier step from the seed, and write it to an .npz file."""
+    before = {"step": step - 1, "position": (step - 1) * batch_size}
+    loader.restore({**loader.state(), **before})
+    np.savez_compressed(path, allow_pickle=False, **next(loader))
 
 
 def first_non_finite(pending: Sequence[Mapping[str, float]]) -> tuple[int, str] | None:
@@ -174,13 +230,6 @@ def check_config(folder: str | Path, config: Config) -> None:
             f"{folder} holds a run with another configuration:\n{differences}\n"
             "start a new run with train.name=NAME, or delete that folder"
         )
-
-
-def write_config(folder: str | Path, config: Config) -> None:
-    """Write ``config.toml`` into the run folder, atomically."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.toml", dumps(config))
 
 
 class _Events:

@@ -8,13 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from foldcore.config import Config, ConfigError, load
-from foldcore.runlog import (
-    RunLog,
-    Window,
-    check_config,
-    first_non_finite,
-    write_config,
-)
+from foldcore.runlog import NonFiniteError, RunLog, Window, check_config, first_non_finite
 
 
 def rows(folder: Path) -> list[dict]:
@@ -23,7 +17,7 @@ def rows(folder: Path) -> list[dict]:
 
 def run(folder: Path, first: int, last: int) -> None:
     with RunLog(folder, 100) as log:
-        log.begin(first)
+        log.begin(first, Config())
         for step in range(first + 10, last + 1, 10):
             log.row(step, {"loss/total": 100.0 - step, "grad_norm": 1.0})
 
@@ -62,7 +56,7 @@ def test_a_plain_line_a_row_where_there_is_no_terminal(tmp_path: Path, capsys) -
 def test_a_terminal_shows_progress(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with RunLog(tmp_path, 100) as log:
-        log.begin(0)
+        log.begin(0, Config())
         log.row(10, {"loss/total": 90.0})
         log.tick(10)
     out = capsys.readouterr().out
@@ -71,14 +65,14 @@ def test_a_terminal_shows_progress(tmp_path: Path, monkeypatch, capsys) -> None:
 
 def test_an_error_is_kept_in_the_log(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), RunLog(tmp_path, 100) as log:
-        log.begin(0)
+        log.begin(0, Config())
         raise RuntimeError("the reason")
     assert "stopped by RuntimeError: the reason" in (tmp_path / "run.log").read_text()
 
 
 def test_a_disabled_log_touches_nothing(tmp_path: Path, capsys) -> None:
     with RunLog(tmp_path / "run", 100, enabled=False) as log:
-        log.begin(0)
+        log.begin(0, Config())
         log.say("nothing")
         log.row(10, {"loss/total": 1.0})
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
@@ -86,7 +80,7 @@ def test_a_disabled_log_touches_nothing(tmp_path: Path, capsys) -> None:
 
 def test_an_undefined_metric_is_null(tmp_path: Path) -> None:
     with RunLog(tmp_path, 100) as log:
-        log.begin(0)
+        log.begin(0, Config())
         log.row(10, {"eval/lddt_ca": float("nan"), "eval/drmsd": 3.0})
     assert rows(tmp_path) == [{"step": 10, "eval/lddt_ca": None, "eval/drmsd": 3.0}]
 
@@ -122,9 +116,23 @@ def test_the_first_non_finite_value_is_named_by_its_term() -> None:
     assert first_non_finite([fine]) is None
 
 
+def test_landing_brings_values_to_the_host_and_stops_at_the_step_that_is_not_finite() -> None:
+    window = Window()
+    for value in (1.0, 2.0, float("nan"), 4.0):
+        window.add({"loss/chi": value}, 0.0)
+    with pytest.raises(NonFiniteError, match="loss/chi is not finite at step 19") as error:
+        window.land(lambda tree: tree, step=20)
+    assert error.value.step == 19
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 100), pytest.raises(ConfigError, match="another process"):
+        RunLog(tmp_path, 100)
+
+
 def test_another_configuration_is_refused_by_field(tmp_path: Path) -> None:
     config = Config()
-    write_config(tmp_path, config)
+    run(tmp_path, 0, 10)
     assert load(tmp_path / "config.toml") == config
     check_config(tmp_path, config)
     check_config(tmp_path, replace(config, train=replace(config.train, steps=5, save_every=1)))

@@ -1,0 +1,281 @@
+"""Train AlphaFold 2 in JAX.
+
+    python -m jaxfold.train CONFIG [section.key=value ...]
+
+CONFIG is a file such as configs/demo.toml; each override is a TOML assignment. Everything the run
+leaves behind appears in ``<train.out>/<train.name>/`` (see foldcore/runlog.py). The same command
+again continues the run from its newest checkpoint.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from foldcore import checkpoint
+from foldcore.checkpoint import CheckpointWriter
+from foldcore.config import Config, dumps, load
+from foldcore.data.loader import Loader, open_loader
+from foldcore.deepmind import read_npz
+from foldcore.evaluation import EvaluationSet, average, score
+from foldcore.interrupt import Interrupt
+from foldcore.runlog import USER_ERRORS, NonFiniteError, RunLog, Window, check_config, keep_batch
+from jaxfold.distributed import (
+    agree_to_stop,
+    describe_devices,
+    gather_over_data,
+    initialize,
+    make_mesh,
+    mean_over_data,
+    place,
+    process,
+    replicas,
+    replicate,
+)
+from jaxfold.heads import compute_plddt
+from jaxfold.losses import alphafold_loss
+from jaxfold.ops import UnsupportedOp
+from jaxfold.optimizer import adam, clip_by_global_norm, ema_decay, learning_rate
+from jaxfold.primitives import DropoutKey
+from jaxfold.step import (
+    CompiledStep,
+    Network,
+    configure,
+    fetch,
+    keep_where,
+    mean_over_examples,
+    prefetch,
+    value_and_grad,
+    versions,
+)
+
+Batch = Mapping[str, Array]
+SECTIONS = ("params", "mu", "nu", "ema")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What is trained: flat float32 buffers, laid out by name, and the count of updates."""
+
+    params: Float[Any, " n"]
+    mu: Float[Any, " n"]  # Adam's first moment
+    nu: Float[Any, " n"]  # Adam's second moment
+    ema: Float[Any, " n"]  # averaged parameters, which are evaluated
+    step: Int[Any, ""]
+
+
+def make_state(config: Config, network: Network) -> TrainState:
+    """The state before the first update, on the host."""
+    path = config.train.initial_params
+    if path.endswith(".npz"):
+        params = network.layout.flatten(read_npz(path), path)
+    elif path:
+        params = checkpoint.read(path).flat("ema", network.layout)
+    else:
+        params = network.initialize(config.train.seed)
+    zeros = np.zeros_like(params)
+    return TrainState(params, zeros, zeros, params, np.zeros((), np.int32))
+
+
+def loss_fn(
+    params: Batch, network: Network, config: Config, batch: Batch, step: Int[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Loss of a batch, and what is logged of it; dropout is drawn for this step."""
+    dropout = None
+    if config.train.dropout:
+        dropout = DropoutKey(np.uint32(config.train.seed), step, batch["example_id"])
+    outputs = network(params, batch, dropout)
+    total, terms = alphafold_loss(outputs, batch, config.loss)
+    logged = {"loss/total": total, **{f"loss/{name}": term for name, term in terms.items()}}
+    return total.mean(), {name: value.mean() for name, value in logged.items()}
+
+
+def train_step(
+    network: Network, config: Config, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update from this device's examples; a non-finite one leaves the state as it was."""
+    step, settings = state.step + 1, config.optimizer
+    gradient_of = value_and_grad(loss_fn, network)
+
+    def example_gradient(example: Batch) -> tuple[Array, dict[str, Array]]:
+        logged, gradient = gradient_of(state.params, network, config, example, step)
+        if settings.clip == "example":
+            gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
+        return gradient, logged
+
+    gradient, logged = mean_over_data(mean_over_examples(example_gradient, batch))
+    if settings.clip == "global":
+        gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
+
+    rate, decay = learning_rate(step, settings), ema_decay(step, settings)
+    direction, mu, nu = adam(gradient, state.mu, state.nu, step, settings)
+    params = state.params - rate * direction
+    ema = decay * state.ema + (1 - decay) * params
+    finite = jnp.isfinite(logged["loss/total"]) & jnp.isfinite(logged["grad_norm"])
+    updated = keep_where(finite, TrainState(params, mu, nu, ema, step), state)
+    logged["param_norm"] = jnp.linalg.norm(updated.params)
+    logged["update_norm"] = rate * jnp.linalg.norm(direction)
+    logged["learning_rate"] = rate
+    logged["recycling"] = batch["num_iter_recycling"].mean()
+    return updated, logged
+
+
+def eval_step(network: Network, config: Config, state: TrainState, batch: Batch) -> dict[str, Any]:
+    """Predictions with the averaged weights, beside the truth, and losses; one row an example."""
+    outputs = network(network.unflatten(state.ema), batch, None)
+    total, terms = alphafold_loss(outputs, batch, config.loss)
+    plddt = compute_plddt(outputs["plddt_logits"])
+    rows = {
+        "loss/total": total,
+        **{f"loss/{name}": term for name, term in terms.items()},
+        "plddt": (plddt * batch["seq_mask"]).sum(-1) / batch["seq_mask"].sum(-1),
+    }
+    structures = {
+        "predicted": outputs["final_atom37_positions"],
+        "true": batch["all_atom_positions"],
+        "mask": batch["all_atom_mask"],
+    }
+    return gather_over_data({"rows": rows, "structures": structures})
+
+
+def evaluate(predict: CompiledStep, state: TrainState, run: "Run") -> dict[str, float]:
+    """The mean scores over the held-out chains, by name under ``eval/``."""
+    rows: list[dict[str, float]] = []
+    for batch, scored in run.evaluation.batches(run.log.say):
+        found = fetch(predict(state, place(run.mesh, batch)))
+        scores = score(**found["structures"])
+        values = found["rows"]
+        for i in range(scored):
+            rows.append({**scores[i], **{name: float(v[i]) for name, v in values.items()}})
+    return {f"eval/{name}": value for name, value in average(rows).items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    log: RunLog
+    loader: Loader
+    writer: CheckpointWriter
+    network: Network
+    mesh: Mesh
+    evaluation: EvaluationSet
+    stop: Interrupt
+
+
+def train(config: Config, command: str) -> None:
+    """One run, from its newest checkpoint or from scratch, to ``train.steps`` or a signal."""
+    settings, (rank, world) = config.train, process()
+    folder = Path(settings.out) / settings.name
+    log = RunLog(folder, settings.steps, enabled=rank == 0)
+    with (
+        log,
+        Interrupt() as stop,
+        open_loader(config, rank=rank, world=world, warn=log.say) as loader,
+    ):
+        mesh, network = make_mesh(settings.batch_size), Network(config.model)
+        writer = CheckpointWriter(folder / "checkpoints", settings.keep, enabled=rank == 0)
+        evaluation = EvaluationSet(config, loader.datasets[0], replicas(mesh), process())
+        run = Run(config, log, loader, writer, network, mesh, evaluation, stop)
+        log.say(f"{describe_devices()}; {network.layout.size:,} parameters")
+        for dataset in loader.datasets:
+            log.say(dataset.report.summary())
+        try:
+            run_steps(run, *resume(run))
+        except NonFiniteError as error:
+            path = folder / f"non_finite_step_{error.step:08d}_process_{rank}.npz"
+            keep_batch(path, loader, error.step, settings.batch_size)
+            raise
+        finally:
+            log.data(loader)
+        log.say(f"checkpoint: {writer.wait()}")
+
+
+def resume(run: Run) -> tuple[TrainState, Window]:
+    """State and pending metrics of the newest checkpoint, loader restored; or of a new run."""
+    found = checkpoint.restore(run.log.folder / "checkpoints", run.log.say)
+    if found is None:
+        run.log.say("starting from scratch")
+        run.log.begin(0, run.config)
+        return make_state(run.config, run.network), Window()
+    check_config(run.log.folder, run.config)
+    run.log.say(f"continuing after step {found.step} from {found.path}")
+    run.log.begin(found.step, run.config)
+    run.loader.restore(found.metadata["loader"])
+    buffers = {section: found.flat(section, run.network.layout) for section in SECTIONS}
+    state = TrainState(**buffers, step=np.asarray(found.step, np.int32))
+    return state, Window(found.metadata["pending"])
+
+
+def run_steps(run: Run, state: TrainState, window: Window) -> None:
+    """The loop: step, log, evaluate, save."""
+    config, settings, log = run.config, run.config.train, run.log
+    update = CompiledStep(partial(train_step, run.network, config), config, run.mesh, donate=True)
+    predict = CompiledStep(partial(eval_step, run.network, config), config, run.mesh, donate=False)
+    first = int(state.step) + 1
+    state = replicate(run.mesh, state)
+    batches = prefetch(((batch, run.loader.state()) for batch in iter(run.loader)), run.mesh)
+    steps = range(first, settings.steps + 1)
+    for step, (batch, position, waited) in zip(steps, batches, strict=False):
+        state, logged = update(state, batch)
+        window.add(logged, waited)
+        if step == first:
+            log.say(update.first_step(logged))
+            window.restart_clock()
+        stopping = agree_to_stop(run.stop.requested, step, settings.log_every)
+        is_due = partial(due, step, step == settings.steps)
+        if is_due(settings.log_every) or is_due(settings.save_every) or stopping:
+            window.land(fetch, step)
+        if is_due(settings.log_every):
+            log.row(step, window.close(settings.batch_size))
+        if is_due(settings.eval_every) and not stopping:
+            log.row(step, evaluate(predict, state, run))
+            window.restart_clock()
+        if is_due(settings.save_every) or stopping:
+            save(run, state, {"loader": position, "pending": window.pending})
+        log.tick(step)
+        if stopping:
+            break
+
+
+def due(step: int, last: bool, every: int) -> bool:
+    """Whether something done each ``every`` steps (0: only at the end) is done at this one."""
+    return last or (every > 0 and step % every == 0)
+
+
+def save(run: Run, state: TrainState, metadata: Mapping[str, Any]) -> None:
+    """Write a checkpoint in the background, once the device has come this far."""
+    host = fetch(state)
+    sections = {section: getattr(host, section) for section in SECTIONS}
+    record = {**metadata, "config": dumps(run.config), "versions": versions()}
+    run.writer.save(int(host.step), sections, run.network.layout, record)
+
+
+def main(argv: list[str]) -> int:
+    """Read the configuration and train; the exit status: 0, or 2 with one line on what is wrong."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nEvery key with its default:\n\n{dumps(Config())}")
+        return 0
+    try:
+        config = load(argv[0], argv[1:])
+        configure(config)
+        initialize()
+        train(config, " ".join(argv))
+    except (*USER_ERRORS, UnsupportedOp) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
