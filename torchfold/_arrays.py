@@ -1,0 +1,33 @@
+"""Small functions of jax.numpy that PyTorch lacks, or whose versions there wait for the device.
+
+None reads from the device, and only the first call of ``table`` copies to it, so that a step may be
+captured as a CUDA graph.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foldcore import constants
+
+_tables: dict[tuple[object, ...], Tensor] = {}
+
+
+def one_hot(
+    index: Int[Tensor, "*batch"], num_classes: int, dtype: torch.dtype
+) -> Float[Tensor, "*batch k"]:
+    """One-hot vectors; an index outside 0..num_classes-1 gives zeros."""
+    classes = torch.arange(num_classes, device=index.device)
+    return (index[..., None] == classes).to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def table(name: str, dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
+    """An array of ``foldcore.constants``, or the result of a function there, on a device."""
+    key = (name, dtype, device, *arguments)
+    if key not in _tables:
+        source = getattr(constants, name)
+        array = np.array(source(*arguments) if callable(source) else source)
+        _tables[key] = torch.from_numpy(array).to(device, dtype)
+    return _tables[key]

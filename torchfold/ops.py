@@ -1,0 +1,145 @@
+"""The expensive operations of the network, each in a plain version that is its specification.
+
+``use(name)`` chooses for the process which implementation runs, ``implementation=`` for one call.
+Statistics and sums are taken in at least float32; results have the dtype of the first argument.
+
+Legend: g groups that attend independently (rows, columns), q queries, k keys, h heads, d width.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-5
+OUTER_PRODUCT_EPS = 1e-3  # added to the number of sequences
+MASKED_LOGIT = -1e9  # finite, so that a query without keys attends to all of them alike
+
+IMPLEMENTATIONS = ("reference", "triton")
+_chosen = "reference"
+
+
+class UnsupportedOp(NotImplementedError):
+    """The chosen implementation cannot run this operation; the message says why."""
+
+
+def use(name: str) -> None:
+    """Run this implementation from now on, in the whole process."""
+    global _chosen
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r}; one of {IMPLEMENTATIONS}")
+    _chosen = name
+
+
+def _require_reference(op: str, implementation: str | None, *arrays: Tensor) -> None:
+    name = implementation or _chosen
+    if name != "reference":
+        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+        known = name in IMPLEMENTATIONS
+        reason = "there is no such kernel yet" if known else f"not one of {IMPLEMENTATIONS}"
+        raise UnsupportedOp(f"{op}({shapes}) with implementation {name!r}: {reason}")
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype of statistics and sums: float64 stays, everything else becomes float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _sum_product(equation: str, *operands: Tensor) -> Tensor:
+    """Einsum whose sums are taken and returned in at least float32."""
+    wide = at_least_float32(operands[0].dtype)
+    return torch.einsum(equation, *[operand.to(wide) for operand in operands])
+
+
+def layer_norm(
+    x: Float[Tensor, "*batch c"],
+    scale: Float[Tensor, " c"],
+    offset: Float[Tensor, " c"],
+    *,
+    implementation: str | None = None,
+) -> Float[Tensor, "*batch c"]:
+    """Normalise the last axis to mean 0 and (biased) variance 1, in two passes."""
+    _require_reference("layer_norm", implementation, x)
+    wide = x.to(at_least_float32(x.dtype))
+    centred = wide - torch.mean(wide, dim=-1, keepdim=True)
+    variance = torch.mean(torch.square(centred), dim=-1, keepdim=True)
+    normal = centred * torch.rsqrt(variance + LAYER_NORM_EPS)
+    return (normal * scale.to(wide.dtype) + offset.to(wide.dtype)).to(x.dtype)
+
+
+def attention(
+    query: Float[Tensor, "b g q h d"],
+    key: Float[Tensor, "b g k h d"],
+    value: Float[Tensor, "b g k h d"],
+    mask: Float[Tensor, "b g k"],
+    bias: Float[Tensor, "b h q k"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Tensor, "b g q h d"]:
+    """Softmax attention with a key mask and a bias that all groups share (Suppl. Alg. 7, 13).
+
+    The query is already scaled. Masked keys get the same large negative logit after the bias.
+    """
+    _require_reference("attention", implementation, query, key)
+    logits = _sum_product("bgqhd,bgkhd->bghqk", query, key)
+    if bias is not None:
+        logits = logits + bias[:, None].to(logits.dtype)
+    logits = torch.where(mask[:, :, None, None, :] > 0, logits, MASKED_LOGIT)
+    weights = torch.softmax(logits, dim=-1).to(value.dtype)
+    return _sum_product("bghqk,bgkhd->bgqhd", weights, value).to(query.dtype)
+
+
+def global_attention(
+    query: Float[Tensor, "b g h d"],
+    key: Float[Tensor, "b g k d"],
+    value: Float[Tensor, "b g k d"],
+    mask: Float[Tensor, "b g k"],
+    *,
+    implementation: str | None = None,
+) -> Float[Tensor, "b g h d"]:
+    """One query a group and head; the heads share keys and values (Suppl. Alg. 19)."""
+    _require_reference("global_attention", implementation, query, key)
+    logits = _sum_product("bghd,bgkd->bghk", query, key)
+    logits = torch.where(mask[:, :, None, :] > 0, logits, MASKED_LOGIT)
+    weights = torch.softmax(logits, dim=-1).to(value.dtype)
+    return _sum_product("bghk,bgkd->bghd", weights, value).to(query.dtype)
+
+
+def triangle_product(
+    left: Float[Tensor, "b i j c"],
+    right: Float[Tensor, "b i j c"],
+    outgoing: bool,
+    *,
+    implementation: str | None = None,
+) -> Float[Tensor, "b i j c"]:
+    """Sum over the third corner k of a triangle of edges (Suppl. Alg. 11 and 12, line 4).
+
+    Outgoing: left_ik right_jk. Incoming: left_kj right_ki (in this order, as the published weights
+    need it).
+    """
+    _require_reference("triangle_product", implementation, left, right)
+    equation = "bikc,bjkc->bijc" if outgoing else "bkjc,bkic->bijc"
+    return _sum_product(equation, left, right).to(left.dtype)
+
+
+def outer_product_mean(
+    left: Float[Tensor, "b s i c"],
+    right: Float[Tensor, "b s j e"],
+    mask: Float[Tensor, "b s r"],
+    weights: Float[Tensor, "c e c_z"],
+    bias: Float[Tensor, " c_z"],
+    *,
+    implementation: str | None = None,
+) -> Float[Tensor, "b i j c_z"]:
+    """Mean over sequences of the outer product, projected (Suppl. Alg. 10, lines 3-4).
+
+    ``left`` and ``right`` are zero where masked. The bias is divided by the count too.
+    """
+    _require_reference("outer_product_mean", implementation, left, right)
+    outer = _sum_product("bsic,bsje->bijce", left, right).to(left.dtype)
+    projected = _sum_product("bijce,cez->bijz", outer, weights)
+    wide_mask = mask.to(projected.dtype)
+    count = torch.einsum("bsi,bsj->bij", wide_mask, wide_mask)
+    total = projected + bias.to(projected.dtype)
+    return (total / (OUTER_PRODUCT_EPS + count)[..., None]).to(left.dtype)

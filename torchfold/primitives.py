@@ -1,0 +1,241 @@
+"""Linear layers, attention, transition and dropout: what the larger modules are made of.
+
+Parameters have DeepMind's names and shapes and are declared, as zeros, with the kind of their
+initial values; ``params.initialize`` fills them. A module computes in the dtype of its parameters.
+
+Legend: g groups that attend independently, q queries, k keys, h heads, d head width.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor, nn
+
+from foldcore import dropout as definition
+from torchfold import ops
+
+Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
+# what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
+LinearInit = Literal["linear", "relu", "final", "gating"]
+
+MASKED_MEAN_EPS = 1e-10
+
+
+def parameter(shape: tuple[int, ...], kind: Kind) -> nn.Parameter:
+    """Declare a parameter; ``kind`` is a key of ``foldcore.initializers.KINDS``."""
+    declared = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+    declared.kind, declared.stacked = kind, False  # type: ignore[attr-defined]
+    return declared
+
+
+class Linear(nn.Module):
+    """``x @ weights + bias``."""
+
+    def __init__(self, c_in: int, c_out: int, init: LinearInit = "linear"):
+        super().__init__()
+        kind: Kind = "zeros" if init in ("final", "gating") else init  # type: ignore[assignment]
+        self.weights = parameter((c_in, c_out), kind)
+        self.bias = parameter((c_out,), "ones" if init == "gating" else "zeros")
+
+    def forward(self, x: Float[Tensor, "*batch c_in"]) -> Float[Tensor, "*batch c_out"]:
+        return x @ self.weights + self.bias
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of the channels, with learnt scale and offset."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.scale = parameter((c,), "ones")
+        self.offset = parameter((c,), "zeros")
+
+    def forward(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch c"]:
+        return ops.layer_norm(x, self.scale, self.offset)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with an optional gate (Suppl. Alg. 7, lines 2-7, without the norm)."""
+
+    def __init__(
+        self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
+    ):
+        super().__init__()
+        self.gating = gating
+        self.query_w = parameter((c_q, num_heads, c_hidden), "glorot")
+        self.key_w = parameter((c_kv, num_heads, c_hidden), "glorot")
+        self.value_w = parameter((c_kv, num_heads, c_hidden), "glorot")
+        if gating:
+            self.gating_w = parameter((c_q, num_heads, c_hidden), "zeros")
+            self.gating_b = parameter((num_heads, c_hidden), "ones")
+        self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
+        self.output_b = parameter((c_out,), "zeros")
+
+    def forward(
+        self,
+        q_data: Float[Tensor, "b g q c_q"],
+        kv_data: Float[Tensor, "b g k c_kv"],
+        mask: Float[Tensor, "b g k"],
+        bias: Float[Tensor, "b h q k"] | None = None,
+    ) -> Float[Tensor, "b g q c_out"]:
+        c_hidden = self.query_w.shape[-1]
+        query = torch.einsum("bgqc,chd->bgqhd", q_data, self.query_w) * c_hidden**-0.5
+        key = torch.einsum("bgkc,chd->bgkhd", kv_data, self.key_w)
+        value = torch.einsum("bgkc,chd->bgkhd", kv_data, self.value_w)
+        gathered = ops.attention(query, key, value, mask, bias)
+        if self.gating:
+            gate = torch.einsum("bgqc,chd->bgqhd", q_data, self.gating_w) + self.gating_b
+            gathered = gathered * torch.sigmoid(gate)
+        return torch.einsum("bgqhd,hdo->bgqo", gathered, self.output_w) + self.output_b
+
+
+class GlobalAttention(nn.Module):
+    """Attention whose query is the mean of a group, with one shared key head (Suppl. Alg. 19)."""
+
+    def __init__(self, c: int, num_heads: int, c_hidden: int):
+        super().__init__()
+        self.query_w = parameter((c, num_heads, c_hidden), "glorot")
+        self.key_w = parameter((c, c_hidden), "glorot")
+        self.value_w = parameter((c, c_hidden), "glorot")
+        self.gating_w = parameter((c, num_heads, c_hidden), "zeros")
+        self.gating_b = parameter((num_heads, c_hidden), "ones")
+        self.output_w = parameter((num_heads, c_hidden, c), "zeros")
+        self.output_b = parameter((c,), "zeros")
+
+    def forward(
+        self, x: Float[Tensor, "b g k c"], mask: Float[Tensor, "b g k"]
+    ) -> Float[Tensor, "b g k c"]:
+        c_hidden = self.query_w.shape[-1]
+        mean = _masked_mean(x, mask)
+        query = torch.einsum("bgc,chd->bghd", mean, self.query_w) * c_hidden**-0.5
+        gathered = ops.global_attention(query, x @ self.key_w, x @ self.value_w, mask)
+        gate = torch.einsum("bgkc,chd->bgkhd", x, self.gating_w) + self.gating_b
+        gathered = gathered[:, :, None] * torch.sigmoid(gate)
+        return torch.einsum("bgkhd,hdo->bgko", gathered, self.output_w) + self.output_b
+
+
+def _masked_mean(
+    x: Float[Tensor, "b g k c"], mask: Float[Tensor, "b g k"]
+) -> Float[Tensor, "b g c"]:
+    wide = ops.at_least_float32(x.dtype)
+    weights = mask.to(wide)[..., None]
+    total = torch.sum(x.to(wide) * weights, dim=-2)
+    return (total / (torch.sum(weights, dim=-2) + MASKED_MEAN_EPS)).to(x.dtype)
+
+
+class Transition(nn.Module):
+    """Two-layer perceptron on each position (Suppl. Alg. 9 and 15); padding is not masked."""
+
+    def __init__(self, c: int, factor: int):
+        super().__init__()
+        self.input_layer_norm = LayerNorm(c)
+        self.transition1 = Linear(c, c * factor, init="relu")
+        self.transition2 = Linear(c * factor, c, init="final")
+
+    def forward(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch c"]:
+        return self.transition2(torch.relu(self.transition1(self.input_layer_norm(x))))
+
+
+# Dropout ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """Names the random masks of a step: ``foldcore/dropout.py`` says how.
+
+    Modules pass it on with ``enter``. Tensors live on the device of the model, so that a captured
+    step draws new masks as they change.
+    """
+
+    seed: Int[Tensor, ""] | int
+    step: Int[Tensor, ""] | int
+    example_id: Int32[Tensor, " b"]
+    recycling: Int[Tensor, ""] | int = 0
+    block: Int[Tensor, ""] | int = 0
+    scope: str = ""
+
+    def enter(self, scope: str, block: Int[Tensor, ""] | int | None = None) -> "DropoutKey":
+        """The key of a part of the model; ``block`` is its position where it is one of a stack."""
+        path = f"{self.scope}/{scope}" if self.scope else scope
+        return dataclasses.replace(self, scope=path, block=self.block if block is None else block)
+
+    def at_pass(self, recycling: Int[Tensor, ""] | int) -> "DropoutKey":
+        """The key of one recycling pass."""
+        return dataclasses.replace(self, recycling=recycling)
+
+    def repeat(self, count: int) -> "DropoutKey":
+        """The key for a batch in which every example stands ``count`` times in a row."""
+        return dataclasses.replace(self, example_id=self.example_id.repeat_interleave(count))
+
+
+def dropout(
+    update: Float[Tensor, "b *rest"],
+    rate: float,
+    key: DropoutKey | None,
+    name: str,
+    shared_axis: int | None = None,
+) -> Float[Tensor, "b *rest"]:
+    """Zero a share ``rate`` of the elements and scale up the others; no key, no dropout.
+
+    The mask is the same along ``shared_axis`` (Suppl. 1.11.6).
+    """
+    if key is None or rate == 0:
+        return update
+    shape = list(update.shape)
+    if shared_axis is not None:
+        shape[shared_axis] = 1
+    keep = keep_mask(tuple(shape), rate, key, name)
+    return torch.where(keep, update / (1 - rate), 0).to(update.dtype)
+
+
+def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Tensor:
+    """Which elements of a mask of ``shape`` (batch axis first) are kept."""
+    device = key.example_id.device
+    path = _path_hash(f"{key.scope}/{name}")
+    stream, _ = _threefry((path, key.example_id), (key.block, key.recycling), device)
+    element = torch.arange(math.prod(shape[1:]), dtype=torch.int32, device=device)
+    bits, _ = _threefry((key.seed, key.step), (stream[:, None], element[None]), device)
+    # words are signed here: with the top bit turned, their order is that of unsigned ones
+    keep = (bits ^ _SIGN) < definition.threshold(rate) + _SIGN
+    return keep.reshape(shape)
+
+
+@torch.compiler.assume_constant_result
+def _path_hash(path: str) -> int:
+    return definition.path_hash(path)
+
+
+Word = Tensor | int
+_SIGN = -(2**31)
+
+
+def _threefry(
+    key: tuple[Word, Word], counter: tuple[Word, Word], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32 with 20 rounds in int32, elementwise over broadcast tensors.
+
+    PyTorch lacks arithmetic on unsigned words; sums and products of signed ones have the same bits.
+    """
+    k0, k1, x0, x1 = (_word(w, device) for w in (*key, *counter))
+    keys = (k0, k1, k0 ^ k1 ^ definition.PARITY)
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for group in range(definition.GROUPS):
+        for rotation in definition.ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            # the shift to the right copies the sign, which the mask removes
+            low = (x1 >> (32 - rotation)) & (2**rotation - 1)
+            x1 = x0 ^ ((x1 << rotation) | low)
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+def _word(value: Word, device: torch.device) -> Int32[Tensor, "..."]:
+    """A 32-bit word; negative numbers keep their bits."""
+    if isinstance(value, int):
+        signed = (value + 2**31) % 2**32 - 2**31
+        return torch.full((), signed, dtype=torch.int32, device=device)
+    return value.to(torch.int32)
