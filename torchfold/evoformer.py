@@ -1,0 +1,250 @@
+"""The Evoformer and its small relative for the extra MSA (Suppl. 1.6, 1.7.2).
+
+Legend: s counts all MSA rows, clusters or extra sequences, and the rows of template torsions.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from torchfold import ops, primitives
+from torchfold.primitives import (
+    Attention,
+    DropoutKey,
+    GlobalAttention,
+    LayerNorm,
+    Linear,
+    Transition,
+    parameter,
+)
+from torchfold.stack import Recompute, run, stack
+from torchfold.triangle import (
+    TriangleAttentionEndingNode,
+    TriangleAttentionStartingNode,
+    TriangleMultiplicationIncoming,
+    TriangleMultiplicationOutgoing,
+)
+
+Msa = Float[Tensor, "b s r c_m"]
+Pair = Float[Tensor, "b i j c_z"]
+
+
+class MSARowAttentionWithPairBias(nn.Module):
+    """Attention along each sequence, biased by the pair representation (Suppl. Alg. 7)."""
+
+    def __init__(self, c_m: int, c_z: int, num_heads: int, c_hidden: int):
+        super().__init__()
+        self.query_norm = LayerNorm(c_m)
+        self.feat_2d_norm = LayerNorm(c_z)
+        self.feat_2d_weights = parameter((c_z, num_heads), "normal")
+        self.attention = Attention(c_m, c_m, c_m, num_heads, c_hidden)
+
+    def forward(
+        self,
+        msa: Float[Tensor, "b s r c_m"],
+        pair: Float[Tensor, "b i j c_z"],
+        msa_mask: Float[Tensor, "b s r"],
+    ) -> Float[Tensor, "b s r c_m"]:
+        x = self.query_norm(msa)
+        bias = torch.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights)
+        return self.attention(x, x, msa_mask, bias)
+
+
+class MSAColumnAttention(nn.Module):
+    """Attention among the sequences at each residue (Suppl. Alg. 8)."""
+
+    def __init__(self, c_m: int, num_heads: int, c_hidden: int):
+        super().__init__()
+        self.query_norm = LayerNorm(c_m)
+        self.attention = Attention(c_m, c_m, c_m, num_heads, c_hidden)
+
+    def forward(
+        self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
+    ) -> Float[Tensor, "b s r c_m"]:
+        x = self.query_norm(msa.transpose(1, 2))
+        return self.attention(x, x, msa_mask.transpose(1, 2)).transpose(1, 2)
+
+
+class MSAColumnGlobalAttention(nn.Module):
+    """The same with one query a residue, for many sequences (Suppl. Alg. 19)."""
+
+    def __init__(self, c_m: int, num_heads: int, c_hidden: int):
+        super().__init__()
+        self.query_norm = LayerNorm(c_m)
+        self.attention = GlobalAttention(c_m, num_heads, c_hidden)
+
+    def forward(
+        self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
+    ) -> Float[Tensor, "b s r c_m"]:
+        x = self.query_norm(msa.transpose(1, 2))
+        return self.attention(x, msa_mask.transpose(1, 2)).transpose(1, 2)
+
+
+class OuterProductMean(nn.Module):
+    """From the MSA to the pair representation (Suppl. Alg. 10)."""
+
+    def __init__(self, c_m: int, c_z: int, c_hidden: int):
+        super().__init__()
+        self.layer_norm_input = LayerNorm(c_m)
+        self.left_projection = Linear(c_m, c_hidden)
+        self.right_projection = Linear(c_m, c_hidden)
+        self.output_w = parameter((c_hidden, c_hidden, c_z), "zeros")
+        self.output_b = parameter((c_z,), "zeros")
+
+    def forward(
+        self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
+    ) -> Float[Tensor, "b i j c_z"]:
+        x = self.layer_norm_input(msa)
+        mask = msa_mask[..., None].to(x.dtype)
+        left = mask * self.left_projection(x)
+        right = mask * self.right_projection(x)
+        return ops.outer_product_mean(left, right, msa_mask, self.output_w, self.output_b)
+
+
+class EvoformerBlock(nn.Module):
+    """One block of the Evoformer (Suppl. Alg. 6) or of the extra MSA stack (Alg. 18)."""
+
+    def __init__(
+        self,
+        c_m: int,
+        c_z: int,
+        *,
+        msa_heads: int,
+        msa_head_dim: int,
+        pair_heads: int,
+        pair_head_dim: int,
+        outer_product_hidden: int,
+        triangle_hidden: int,
+        transition_factor: int,
+        msa_dropout: float,
+        pair_dropout: float,
+        global_column_attention: bool = False,
+    ):
+        super().__init__()
+        self.msa_dropout = msa_dropout
+        self.pair_dropout = pair_dropout
+        self.global_column_attention = global_column_attention
+        self.msa_row_attention_with_pair_bias = MSARowAttentionWithPairBias(
+            c_m, c_z, msa_heads, msa_head_dim
+        )
+        if global_column_attention:
+            self.msa_column_global_attention = MSAColumnGlobalAttention(
+                c_m, msa_heads, msa_head_dim
+            )
+        else:
+            self.msa_column_attention = MSAColumnAttention(c_m, msa_heads, msa_head_dim)
+        self.msa_transition = Transition(c_m, transition_factor)
+        self.outer_product_mean = OuterProductMean(c_m, c_z, outer_product_hidden)
+        self.triangle_multiplication_outgoing = TriangleMultiplicationOutgoing(c_z, triangle_hidden)
+        self.triangle_multiplication_incoming = TriangleMultiplicationIncoming(c_z, triangle_hidden)
+        self.triangle_attention_starting_node = TriangleAttentionStartingNode(
+            c_z, pair_heads, pair_head_dim
+        )
+        self.triangle_attention_ending_node = TriangleAttentionEndingNode(
+            c_z, pair_heads, pair_head_dim
+        )
+        self.pair_transition = Transition(c_z, transition_factor)
+
+    def forward(
+        self,
+        msa: Float[Tensor, "b s r c_m"],
+        pair: Float[Tensor, "b i j c_z"],
+        msa_mask: Float[Tensor, "b s r"],
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None = None,
+    ) -> tuple[Msa, Pair]:
+        msa = self._update_msa(msa, pair, msa_mask, dropout)
+        pair = pair + self.outer_product_mean(msa, msa_mask)
+        return msa, self._update_pair(pair, pair_mask, dropout)
+
+    def _update_msa(
+        self, msa: Msa, pair: Pair, msa_mask: Float[Tensor, "b s r"], dropout: DropoutKey | None
+    ) -> Msa:
+        update = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask)
+        name = "msa_row_attention_with_pair_bias"
+        msa = msa + primitives.dropout(update, self.msa_dropout, dropout, name, shared_axis=1)
+        if self.global_column_attention:
+            msa = msa + self.msa_column_global_attention(msa, msa_mask)
+        else:
+            msa = msa + self.msa_column_attention(msa, msa_mask)
+        return msa + self.msa_transition(msa)
+
+    def _update_pair(
+        self, pair: Pair, pair_mask: Float[Tensor, "b i j"], dropout: DropoutKey | None
+    ) -> Pair:
+        for module, name, shared_axis in (
+            (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing", 1),
+            (self.triangle_multiplication_incoming, "triangle_multiplication_incoming", 1),
+            (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
+            (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
+        ):
+            update = module(pair, pair_mask)
+            pair = pair + primitives.dropout(update, self.pair_dropout, dropout, name, shared_axis)
+        return pair + self.pair_transition(pair)
+
+
+class EvoformerStack(nn.Module):
+    """All blocks and the single representation (Alg. 6); ``block`` shows what is stacked."""
+
+    def __init__(
+        self,
+        block: EvoformerBlock,
+        num_blocks: int,
+        c_m: int,
+        c_s: int,
+        *,
+        recompute: Recompute = "none",
+        unroll: bool = False,
+    ):
+        super().__init__()
+        self.recompute = recompute
+        self.unroll = unroll
+        self.blocks = stack(block, num_blocks)
+        self.single_activations = Linear(c_m, c_s)
+
+    def forward(
+        self,
+        msa: Float[Tensor, "b s r c_m"],
+        pair: Float[Tensor, "b i j c_z"],
+        msa_mask: Float[Tensor, "b s r"],
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None = None,
+    ) -> tuple[Msa, Pair, Float[Tensor, "b r c_s"]]:
+        def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: int) -> tuple[Msa, Pair]:
+            key = dropout.enter("evoformer_iteration", index) if dropout else None
+            return block(*carry, msa_mask, pair_mask, key)
+
+        msa, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
+        return msa, pair, self.single_activations(msa[:, 0])
+
+
+class ExtraMSAStack(nn.Module):
+    """What many unclustered sequences say about pairs (Suppl. Alg. 18)."""
+
+    def __init__(
+        self,
+        block: EvoformerBlock,
+        num_blocks: int,
+        *,
+        recompute: Recompute = "none",
+        unroll: bool = False,
+    ):
+        super().__init__()
+        self.recompute = recompute
+        self.unroll = unroll
+        self.blocks = stack(block, num_blocks)
+
+    def forward(
+        self,
+        msa: Float[Tensor, "b e r c_e"],
+        pair: Float[Tensor, "b i j c_z"],
+        msa_mask: Float[Tensor, "b e r"],
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None = None,
+    ) -> Float[Tensor, "b i j c_z"]:
+        def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: int) -> tuple[Msa, Pair]:
+            key = dropout.enter("extra_msa_stack", index) if dropout else None
+            return block(*carry, msa_mask, pair_mask, key)
+
+        _, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
+        return pair

@@ -1,0 +1,60 @@
+"""Learning rate, clipping, Adam and averaged weights on flat buffers (supplement section 1.11.3).
+
+Updates are numbered from 1: the n-th update uses the learning rate and averaging decay of step n.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foldcore.config import OptimizerConfig
+
+
+def learning_rate(step: Int[Tensor, ""], config: OptimizerConfig) -> Float[Tensor, ""]:
+    """Linear warm-up from ``warmup_start``; lowered once after ``decay_after_steps``."""
+    count = torch.as_tensor(step).to(torch.float32)
+    progress = torch.clamp(count / max(config.warmup_steps, 1), max=1.0)
+    if config.warmup_steps == 0:
+        progress = torch.ones_like(count)
+    rate = config.warmup_start + (config.learning_rate - config.warmup_start) * progress
+    decayed = (count > config.decay_after_steps) & (config.decay_after_steps > 0)
+    return torch.where(decayed, rate * config.decay_factor, rate)
+
+
+def ema_decay(step: Int[Tensor, ""], config: OptimizerConfig) -> Float[Tensor, ""]:
+    """Decay of the averaged weights; with ``ema_warmup`` it grows from 2/11 to ``ema_decay``."""
+    count = torch.as_tensor(step).to(torch.float32)
+    limit = torch.full_like(count, config.ema_decay)
+    return torch.minimum(limit, (1 + count) / (10 + count)) if config.ema_warmup else limit
+
+
+def clip_by_global_norm(
+    gradient: Float[Tensor, " n"], max_norm: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
+    """The gradient scaled to at most ``max_norm``, and its norm before that."""
+    norm = torch.sqrt(torch.sum(torch.square(gradient)))
+    # the largest of both: no division by zero, and a non-finite norm stays visible in the result
+    return gradient * (max_norm / torch.clamp(norm, min=max_norm)), norm
+
+
+def adam(
+    gradient: Float[Tensor, " n"],
+    mu: Float[Tensor, " n"],
+    nu: Float[Tensor, " n"],
+    step: Int[Tensor, ""],
+    config: OptimizerConfig,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Adam's direction (epsilon outside the root) and the new moments at update ``step``."""
+    count = torch.as_tensor(step).to(gradient.dtype)
+    mu = config.beta1 * mu + (1 - config.beta1) * gradient
+    nu = config.beta2 * nu + (1 - config.beta2) * torch.square(gradient)
+    mu_hat = mu / _bias_correction(count, config.beta1)
+    nu_hat = nu / _bias_correction(count, config.beta2)
+    return mu_hat / (torch.sqrt(nu_hat) + config.eps), mu, nu
+
+
+def _bias_correction(count: Float[Tensor, ""], beta: float) -> Float[Tensor, ""]:
+    """1 - beta**n, without the cancellation that costs three digits in float32."""
+    return -torch.expm1(count * (math.log(beta) if beta else -math.inf))

@@ -1,0 +1,203 @@
+"""The pair representation's share of template structures (Suppl. Alg. 2, 16, 17).
+
+Templates pass through their own small pair stack side by side, as part of the batch.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from foldcore import constants
+from torchfold import primitives
+from torchfold._arrays import one_hot
+from torchfold.embedders import TEMPLATE_CLASSES, distance_bins
+from torchfold.primitives import Attention, DropoutKey, LayerNorm, Linear, Transition
+from torchfold.stack import Recompute, run, stack
+from torchfold.triangle import (
+    TriangleAttentionEndingNode,
+    TriangleAttentionStartingNode,
+    TriangleMultiplicationIncoming,
+    TriangleMultiplicationOutgoing,
+)
+
+TEMPLATE_PAIR_CHANNELS = 88
+# distance bins: first and last lower edge in angstrom, and their number
+TEMPLATE_BINS = (3.25, 50.75, 39)
+
+_BACKBONE = tuple(constants.atom_order[name] for name in ("N", "CA", "C"))
+
+
+class TemplatePairBlock(nn.Module):
+    """One block of the template pair stack (Suppl. Alg. 16).
+
+    Differs from the supplement: attention comes before multiplication, as in DeepMind's code and
+    published weights.
+    """
+
+    def __init__(
+        self,
+        c_t: int,
+        *,
+        num_heads: int,
+        c_hidden: int,
+        triangle_hidden: int,
+        transition_factor: int,
+        dropout_rate: float,
+    ):
+        super().__init__()
+        self.dropout_rate = dropout_rate
+        self.triangle_attention_starting_node = TriangleAttentionStartingNode(
+            c_t, num_heads, c_hidden
+        )
+        self.triangle_attention_ending_node = TriangleAttentionEndingNode(c_t, num_heads, c_hidden)
+        self.triangle_multiplication_outgoing = TriangleMultiplicationOutgoing(c_t, triangle_hidden)
+        self.triangle_multiplication_incoming = TriangleMultiplicationIncoming(c_t, triangle_hidden)
+        self.pair_transition = Transition(c_t, transition_factor)
+
+    def forward(
+        self,
+        pair: Float[Tensor, "b i j c_t"],
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None = None,
+    ) -> Float[Tensor, "b i j c_t"]:
+        for module, name, shared_axis in (
+            (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
+            (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
+            (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing", 1),
+            (self.triangle_multiplication_incoming, "triangle_multiplication_incoming", 1),
+        ):
+            update = module(pair, pair_mask)
+            pair = pair + primitives.dropout(update, self.dropout_rate, dropout, name, shared_axis)
+        return pair + self.pair_transition(pair)
+
+
+class TemplatePairStack(nn.Module):
+    """All blocks (Suppl. Alg. 16, lines 2-8). ``block`` shows what is stacked."""
+
+    def __init__(
+        self,
+        block: TemplatePairBlock,
+        num_blocks: int,
+        *,
+        recompute: Recompute = "none",
+        unroll: bool = False,
+    ):
+        super().__init__()
+        self.recompute = recompute
+        self.unroll = unroll
+        self.blocks = stack(block, num_blocks)
+
+    def forward(
+        self,
+        pair: Float[Tensor, "b i j c_t"],
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None = None,
+    ) -> Float[Tensor, "b i j c_t"]:
+        def call(block: TemplatePairBlock, pair: Tensor, index: int) -> Tensor:
+            key = dropout.enter("template_pair_stack", index) if dropout else None
+            return block(pair, pair_mask, key)
+
+        return run(self.blocks, pair, call, self.recompute, self.unroll)
+
+
+class SingleTemplateEmbedding(nn.Module):
+    """Each template by itself (Suppl. Alg. 2, line 11; Alg. 16)."""
+
+    def __init__(self, c_t: int, template_pair_stack: TemplatePairStack):
+        super().__init__()
+        self.embedding2d = Linear(TEMPLATE_PAIR_CHANNELS, c_t, init="relu")
+        self.template_pair_stack = template_pair_stack
+        self.output_layer_norm = LayerNorm(c_t)
+
+    def forward(
+        self,
+        features: Float[Tensor, "b i j 88"],
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None = None,
+    ) -> Float[Tensor, "b i j c_t"]:
+        pair = self.embedding2d(features)
+        return self.output_layer_norm(self.template_pair_stack(pair, pair_mask, dropout))
+
+
+class TemplateEmbedding(nn.Module):
+    """All templates, gathered by attention at each pair of residues (Suppl. Alg. 2, 16, 17)."""
+
+    def __init__(
+        self, c_z: int, c_t: int, num_heads: int, c_hidden: int, pair_stack: TemplatePairStack
+    ):
+        super().__init__()
+        self.single_template_embedding = SingleTemplateEmbedding(c_t, pair_stack)
+        self.attention = Attention(c_z, c_t, c_z, num_heads, c_hidden, gating=False)
+
+    def forward(
+        self,
+        pair: Float[Tensor, "b i j c_z"],
+        pair_mask: Float[Tensor, "b i j"],
+        template_aatype: Int[Tensor, "b t r"],
+        template_pseudo_beta: Float[Tensor, "b t r 3"],
+        template_pseudo_beta_mask: Float[Tensor, "b t r"],
+        template_all_atom_masks: Float[Tensor, "b t r 37"],
+        template_mask: Float[Tensor, "b t"],
+        dropout: DropoutKey | None = None,
+    ) -> Float[Tensor, "b i j c_z"]:
+        """The update of the pair representation; zero where an example has no template."""
+        batch, templates, length = template_aatype.shape
+        features = template_pair_features(
+            template_aatype,
+            template_pseudo_beta,
+            template_pseudo_beta_mask,
+            template_all_atom_masks,
+            dtype=pair.dtype,
+        )
+        # the templates of an example share its dropout masks, as they do in DeepMind's code
+        embedded = self.single_template_embedding(
+            features.reshape(batch * templates, *features.shape[2:]),
+            pair_mask.repeat_interleave(templates, dim=0),
+            dropout.repeat(templates) if dropout else None,
+        )
+        update = self._attend(pair, embedded.reshape(*features.shape[:4], -1), template_mask)
+        any_template = torch.sum(template_mask, dim=-1) > 0
+        return update * any_template[:, None, None, None].to(update.dtype)
+
+    def _attend(
+        self,
+        pair: Float[Tensor, "b i j c_z"],
+        embedded: Float[Tensor, "b t i j c_t"],
+        template_mask: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b i j c_z"]:
+        """From each pair to the same pair of every template (Suppl. Alg. 17)."""
+        batch, templates, rows, columns, channels = embedded.shape
+        keys = torch.movedim(embedded, 1, 3).reshape(batch, rows * columns, templates, channels)
+        queries = pair.reshape(batch, rows * columns, 1, -1)
+        mask = torch.broadcast_to(template_mask[:, None], (batch, rows * columns, templates))
+        return self.attention(queries, keys, mask).reshape(pair.shape)
+
+
+def template_pair_features(
+    template_aatype: Int[Tensor, "b t r"],
+    template_pseudo_beta: Float[Tensor, "b t r 3"],
+    template_pseudo_beta_mask: Float[Tensor, "b t r"],
+    template_all_atom_masks: Float[Tensor, "b t r 37"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "b t i j 88"]:
+    """Distances, types of column and row residue, and masks of every pair (Suppl. Table 1).
+
+    Differs from the supplement: the unit vectors are zero, as in the published monomer models.
+    """
+    shape = (*template_aatype.shape, template_aatype.shape[-1])
+    types = one_hot(template_aatype, TEMPLATE_CLASSES, dtype)
+    n, ca, c = (template_all_atom_masks[..., atom] for atom in _BACKBONE)
+    backbone = _outer(n * ca * c).to(dtype)
+    features = [
+        distance_bins(template_pseudo_beta, *TEMPLATE_BINS, dtype),
+        _outer(template_pseudo_beta_mask).to(dtype)[..., None],
+        torch.broadcast_to(types[..., None, :, :], (*shape, TEMPLATE_CLASSES)),
+        torch.broadcast_to(types[..., :, None, :], (*shape, TEMPLATE_CLASSES)),
+        types.new_zeros((*shape, 3)),
+        backbone[..., None],
+    ]
+    return torch.cat(features, dim=-1) * backbone[..., None]
+
+
+def _outer(mask: Float[Tensor, "b t r"]) -> Float[Tensor, "b t i j"]:
+    return mask[..., :, None] * mask[..., None, :]

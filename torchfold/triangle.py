@@ -1,0 +1,82 @@
+"""Updates of the pair representation around triangles of residues (Suppl. Alg. 11-15)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from torchfold import ops
+from torchfold.primitives import Attention, LayerNorm, Linear, parameter
+
+
+class TriangleMultiplication(nn.Module):
+    """Edge ij from all edges to a third residue k (Suppl. Alg. 11 and 12)."""
+
+    outgoing: bool
+
+    def __init__(self, c_z: int, c_hidden: int):
+        super().__init__()
+        self.layer_norm_input = LayerNorm(c_z)
+        self.left_projection = Linear(c_z, c_hidden)
+        self.right_projection = Linear(c_z, c_hidden)
+        self.left_gate = Linear(c_z, c_hidden, init="gating")
+        self.right_gate = Linear(c_z, c_hidden, init="gating")
+        self.center_layer_norm = LayerNorm(c_hidden)
+        self.output_projection = Linear(c_hidden, c_z, init="final")
+        self.gating_linear = Linear(c_z, c_z, init="gating")
+
+    def forward(
+        self, pair: Float[Tensor, "b i j c_z"], pair_mask: Float[Tensor, "b i j"]
+    ) -> Float[Tensor, "b i j c_z"]:
+        x = self.layer_norm_input(pair)
+        mask = pair_mask[..., None].to(x.dtype)
+        left = mask * self.left_projection(x) * torch.sigmoid(self.left_gate(x))
+        right = mask * self.right_projection(x) * torch.sigmoid(self.right_gate(x))
+        product = ops.triangle_product(left, right, self.outgoing)
+        update = self.output_projection(self.center_layer_norm(product))
+        return update * torch.sigmoid(self.gating_linear(x))
+
+
+class TriangleMultiplicationOutgoing(TriangleMultiplication):
+    """Over the edges that leave i and j (Suppl. Alg. 11)."""
+
+    outgoing = True
+
+
+class TriangleMultiplicationIncoming(TriangleMultiplication):
+    """Over the edges that arrive at i and j (Suppl. Alg. 12)."""
+
+    outgoing = False
+
+
+class TriangleAttention(nn.Module):
+    """Attention among the edges that share a residue, biased by the third edge (Alg. 13, 14)."""
+
+    starting: bool
+
+    def __init__(self, c_z: int, num_heads: int, c_hidden: int):
+        super().__init__()
+        self.query_norm = LayerNorm(c_z)
+        self.feat_2d_weights = parameter((c_z, num_heads), "normal")
+        self.attention = Attention(c_z, c_z, c_z, num_heads, c_hidden)
+
+    def forward(
+        self, pair: Float[Tensor, "b i j c_z"], pair_mask: Float[Tensor, "b i j"]
+    ) -> Float[Tensor, "b i j c_z"]:
+        if not self.starting:
+            pair, pair_mask = pair.transpose(1, 2), pair_mask.transpose(1, 2)
+        x = self.query_norm(pair)
+        bias = torch.einsum("bqkc,ch->bhqk", x, self.feat_2d_weights)
+        update = self.attention(x, x, pair_mask, bias)
+        return update if self.starting else update.transpose(1, 2)
+
+
+class TriangleAttentionStartingNode(TriangleAttention):
+    """Among the edges that start at i (Suppl. Alg. 13)."""
+
+    starting = True
+
+
+class TriangleAttentionEndingNode(TriangleAttention):
+    """Among the edges that end at j (Suppl. Alg. 14)."""
+
+    starting = False
