@@ -61,10 +61,10 @@ def compiled(function: Callable[..., Any]) -> Any:
     return jax.jit(function, compiler_options=_FAST_COMPILE)
 
 
-def random_batch(seed: int = 0, recycling: int = 0) -> dict[str, np.ndarray]:
+def random_batch(seed: int = 0, recycling: int = 0) -> dict[str, Any]:
     """Features of the right shapes and ranges; the last residue is padding."""
     random = np.random.default_rng(seed)
-    batch: dict[str, np.ndarray] = {}
+    batch: dict[str, Any] = {}
     for name, feature in FEATURES.items():
         full = shape(name, SIZES)
         if feature.dtype == "int32":
