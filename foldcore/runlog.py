@@ -30,7 +30,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from foldcore.checkpoint import CheckpointError
+from foldcore.checkpoint import CheckpointError, list_checkpoints
 from foldcore.config import Config, ConfigError, dumps, load
 from foldcore.data.loader import Loader, LoaderError
 from foldcore.data.worker import WorkerError
@@ -43,7 +43,17 @@ FREE_FIELDS = frozenset(
     "train.out train.steps train.log_every train.eval_every train.save_every train.keep "
     "data.workers data.prefetch".split()
 )
-SHOWN = ("loss/total", "grad_norm", "learning_rate", "examples_per_s", "data_wait")
+SHOWN = {  # of a row, on the terminal
+    "loss/total": "loss {:.4g}",
+    "grad_norm": "grad_norm {:.3g}",
+    "learning_rate": "learning_rate {:.2g}",
+    "examples_per_s": "{:.3g} examples/s",
+    "data_wait": "data_wait {:.0%}",
+    "eval/lddt_ca": "held-out chains: lddt_ca {:.3f}",
+    "eval/drmsd": "drmsd {:.2f} A",
+    "eval/gdt_ts": "gdt_ts {:.3f}",
+    "eval/loss/total": "loss {:.4g}",
+}
 
 
 class NonFiniteError(ArithmeticError):
@@ -203,6 +213,19 @@ class Window:
         return row
 
 
+def closing_words(folder: Path, command: str, finished: bool) -> str:
+    """Where everything is, and what to do next."""
+    found = list_checkpoints(folder / "checkpoints")
+    reason = "finished" if finished else "stopped by a signal"
+    more = "train more: the same with a larger train.steps" if finished else "continue"
+    return (
+        f"{reason} after step {found[0][0]}\n"
+        f"  everything is in {folder}; numbers in metrics.jsonl, weights in {found[0][1]}\n"
+        f"  curves: tensorboard --logdir {folder.parent}\n"
+        f"  {more}: {command}"
+    )
+
+
 def keep_batch(path: Path, loader: Loader, step: int, batch_size: int) -> None:
     """Rebuild the loader's batch of an earlier step from the seed, and write it to an .npz file."""
     before = {"step": step - 1, "position": (step - 1) * batch_size}
@@ -256,8 +279,7 @@ class _Events:
 
 
 def _shown(values: Mapping[str, float]) -> str:
-    shown = [k for k in SHOWN if k in values] or list(values)
-    return "  ".join(f"{k.removeprefix('loss/')} {values[k]:.4g}" for k in shown)
+    return "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
+from foldcore import __version__
 from foldcore.config import Config, ModelConfig
 from foldcore.deepmind import canonical_name
 from foldcore.layout import make_layout
@@ -110,15 +112,20 @@ def mean_over_examples(function: Callable[..., Any], batch: Mapping[str, Array])
     Each example keeps a batch axis, of size 1: its gradient is clipped apart from the others', and
     memory does not grow with their number.
     """
+    count = batch["aatype"].shape[0]
+    if count == 1:
+        return function(batch)
     examples = {name: array[:, None] for name, array in batch.items()}
-    count = examples["aatype"].shape[0]
-    shapes = jax.eval_shape(function, {name: array[0] for name, array in examples.items()})
+    first = {name: array[0] for name, array in examples.items()}
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(first)  # traced only once
+    structure = jax.tree.structure(shapes)
+
+    def add(sums: Any, example: Any) -> tuple[Any, None]:
+        values = jaxpr_as_fun(program)(*jax.tree.leaves(example))
+        return jax.tree.map(jnp.add, sums, jax.tree.unflatten(structure, values)), None
+
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(
-        lambda sums, example: (jax.tree.map(jnp.add, sums, function(example)), None),
-        zeros,
-        examples,
-    )
+    total, _ = jax.lax.scan(add, zeros, examples)
     return jax.tree.map(lambda x: x / count, total)
 
 
@@ -191,8 +198,8 @@ def fetch(tree: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """What this run computes with, for the record in its checkpoints."""
-    packages = ("twinfold", "jax", "jaxlib", "flax", "numpy")
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"twinfold": __version__, "python": platform.python_version(), **packages}
 
 
 def peak_memory() -> str:

@@ -7,6 +7,7 @@ leaves behind appears in ``<train.out>/<train.name>/`` (see foldcore/runlog.py).
 again continues the run from its newest checkpoint.
 """
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,15 @@ from foldcore.data.loader import Loader, open_loader
 from foldcore.deepmind import read_npz
 from foldcore.evaluation import EvaluationSet, average, score
 from foldcore.interrupt import Interrupt
-from foldcore.runlog import USER_ERRORS, NonFiniteError, RunLog, Window, check_config, keep_batch
+from foldcore.runlog import (
+    USER_ERRORS,
+    NonFiniteError,
+    RunLog,
+    Window,
+    check_config,
+    closing_words,
+    keep_batch,
+)
 from jaxfold.distributed import (
     agree_to_stop,
     describe_devices,
@@ -92,7 +101,7 @@ def loss_fn(
     """Loss of a batch, and what is logged of it; dropout is drawn for this step."""
     dropout = None
     if config.train.dropout:
-        dropout = DropoutKey(np.uint32(config.train.seed), step, batch["example_id"])
+        dropout = DropoutKey(jnp.asarray(config.train.seed % 2**32, jnp.uint32), step, batch["example_id"])
     outputs = network(params, batch, dropout)
     total, terms = alphafold_loss(outputs, batch, config.loss)
     logged = {"loss/total": total, **{f"loss/{name}": term for name, term in terms.items()}}
@@ -191,14 +200,15 @@ def train(config: Config, command: str) -> None:
         for dataset in loader.datasets:
             log.say(dataset.report.summary())
         try:
-            run_steps(run, *resume(run))
+            finished = run_steps(run, *resume(run))
         except NonFiniteError as error:
             path = folder / f"non_finite_step_{error.step:08d}_process_{rank}.npz"
             keep_batch(path, loader, error.step, settings.batch_size)
             raise
         finally:
             log.data(loader)
-        log.say(f"checkpoint: {writer.wait()}")
+        writer.wait()
+        log.say(closing_words(folder, f"python -m jaxfold.train {command}", finished))
 
 
 def resume(run: Run) -> tuple[TrainState, Window]:
@@ -217,8 +227,8 @@ def resume(run: Run) -> tuple[TrainState, Window]:
     return state, Window(found.metadata["pending"])
 
 
-def run_steps(run: Run, state: TrainState, window: Window) -> None:
-    """The loop: step, log, evaluate, save."""
+def run_steps(run: Run, state: TrainState, window: Window) -> bool:
+    """The loop: step, log, evaluate, save; whether it came to its end before a signal."""
     config, settings, log = run.config, run.config.train, run.log
     update = CompiledStep(partial(train_step, run.network, config), config, run.mesh, donate=True)
     predict = CompiledStep(partial(eval_step, run.network, config), config, run.mesh, donate=False)
@@ -245,7 +255,8 @@ def run_steps(run: Run, state: TrainState, window: Window) -> None:
             save(run, state, {"loader": position, "pending": window.pending})
         log.tick(step)
         if stopping:
-            break
+            return False
+    return True
 
 
 def due(step: int, last: bool, every: int) -> bool:
@@ -270,7 +281,7 @@ def main(argv: list[str]) -> int:
         config = load(argv[0], argv[1:])
         configure(config)
         initialize()
-        train(config, " ".join(argv))
+        train(config, shlex.join(argv))
     except (*USER_ERRORS, UnsupportedOp) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

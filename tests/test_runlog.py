@@ -49,8 +49,8 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
 def test_a_plain_line_a_row_where_there_is_no_terminal(tmp_path: Path, capsys) -> None:
     run(tmp_path, 0, 10)
-    assert capsys.readouterr().out == "step 10/100  total 90  grad_norm 1\n"
-    assert (tmp_path / "run.log").read_text().endswith("step 10/100  total 90  grad_norm 1\n")
+    assert capsys.readouterr().out == "step 10/100  loss 90  grad_norm 1\n"
+    assert (tmp_path / "run.log").read_text().endswith("step 10/100  loss 90  grad_norm 1\n")
 
 
 def test_a_terminal_shows_progress(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -60,7 +60,7 @@ def test_a_terminal_shows_progress(tmp_path: Path, monkeypatch, capsys) -> None:
         log.row(10, {"loss/total": 90.0})
         log.tick(10)
     out = capsys.readouterr().out
-    assert "step 10/100  total 90" in out and " 10/100" in out.rsplit("total 90")[1]
+    assert "step 10/100  loss 90" in out and " 10/100" in out.rsplit("loss 90")[1]
 
 
 def test_an_error_is_kept_in_the_log(tmp_path: Path) -> None:
