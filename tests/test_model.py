@@ -98,6 +98,35 @@ def test_order_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (value == 1_12_23).all(), name  # pass 0 reads slot 0 (filled with 1), and so on
 
 
+def test_rates_and_shared_axes_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the trunk drops out, how much, and along which axis a mask is the same."""
+    found: dict[str, tuple[float, int | None]] = {}
+
+    def record(
+        update: Any, rate: float, key: DropoutKey, name: str, shared_axis: int | None = None
+    ) -> Any:
+        found[f"{key.scope}/{name}"] = (rate, shared_axis)
+        return update
+
+    monkeypatch.setattr(primitives, "dropout", record)
+    graphdef, state = nnx.split(random_model())
+    batch = random_batch()
+    jax.eval_shape(lambda s: nnx.merge(graphdef, s)(batch, key(batch)), state)
+    pair = {
+        "triangle_multiplication_outgoing": (0.25, 1),
+        "triangle_multiplication_incoming": (0.25, 1),
+        "triangle_attention_starting_node": (0.25, 1),
+        "triangle_attention_ending_node": (0.25, 2),
+    }
+    both = pair | {"msa_row_attention_with_pair_bias": (0.15, 1)}
+    stacks = {"template_pair_stack": pair, "extra_msa_stack": both, "evoformer_iteration": both}
+    assert found == {
+        f"evoformer/{stack}/{name}": value
+        for stack, names in stacks.items()
+        for name, value in names.items()
+    }
+
+
 # The batch axis and masks -------------------------------------------------------------------------
 
 
