@@ -8,7 +8,7 @@ ifeq ($(GPU),yes)
   PYTHON ?= python3.12
   CUDA ?= 13
   EXTRA = cuda$(CUDA)
-  MACHINE = cuda
+  MACHINE = cuda$(CUDA)
   MINIMUM = 3, 12
 else
   PYTHON ?= python3
