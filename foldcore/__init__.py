@@ -1,1 +1,3 @@
-"""What both tracks share: data, configuration, checkpoints, metrics. Imports neither jax nor torch."""
+"""What both tracks share: data, configuration, checkpoints, metrics; neither jax nor torch."""
+
+__version__ = "0.1.0"

@@ -1,7 +1,8 @@
 """Run configuration: frozen dataclasses, read from TOML, the same file for both tracks.
 
-``load(path, overrides)`` merges a file with command-line assignments such as ``train.steps=10``; both are
-TOML. An unknown key or a value of the wrong type raises :class:`ConfigError` naming the nearest valid key.
+``load(path, overrides)`` merges a file with command-line assignments such as ``train.steps=10``;
+both are TOML. An unknown key or a value of the wrong type raises :class:`ConfigError` naming the
+nearest valid key.
 Defaults are the paper's initial training (Jumper et al. 2021, supplement 1.11).
 """
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration file or override that cannot be used; the message says where and what to write."""
+    """A configuration file or override that cannot be used; says where, and what to write."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,9 @@
 """The batch schema: every feature's dtype and named dimensions, and ``validate(batch)``.
 
-Names and shapes are those of DeepMind's processed features; three axes rules are ours. Every array has a
-leading batch axis ``b``; the MSA-derived features have a recycling axis second, always 4 slots, because every
-recycling pass sees a fresh MSA sample (pass k reads slot k); nothing else repeats over passes.
+Names and shapes are those of DeepMind's processed features; the axes in front are ours. Every array
+has a leading batch axis ``b``; the MSA-derived features have a recycling axis second, always 4
+slots, because every recycling pass sees a fresh MSA sample (pass k reads slot k); nothing else
+repeats over passes.
 
 Legend: b examples, recycle = 4 slots, s cluster rows, e extra rows, t templates, r residues.
 """
