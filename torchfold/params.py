@@ -5,7 +5,9 @@ Names and shapes are DeepMind's (``foldcore/deepmind.py``), in sorted order.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 
 from foldcore.deepmind import canonical_name
@@ -18,48 +20,60 @@ class ParameterError(ValueError):
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter of a model; of a model on the meta device, its shape and dtype."""
-    return {name: parameter for name, (_, _, parameter) in _variables(model).items()}
+    return {name: getattr(*place) for name, place in _places(model).items()}
 
 
-def load_parameters(model: nn.Module, arrays: Mapping[str, Tensor]) -> None:
-    """Replace every parameter; names and shapes must be exactly the model's."""
-    variables = _variables(model)
-    for name in sorted(variables.keys() | arrays.keys()):
+def load_parameters(model: nn.Module, arrays: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Replace every parameter; names and shapes must be exactly the model's.
+
+    The new parameters have the dtype and the device of the arrays, and share their memory where
+    these are tensors.
+    """
+    places = _places(model)
+    for name in sorted(places.keys() | arrays.keys()):
         if name not in arrays:
             raise ParameterError(f"parameter {name!r} is missing")
-        if name not in variables:
+        if name not in places:
             raise ParameterError(f"parameter {name!r} is not part of this model")
-        expected = tuple(variables[name][2].shape)
-        if expected != tuple(arrays[name].shape):
+        found, needed = tuple(arrays[name].shape), tuple(getattr(*places[name]).shape)
+        if found != needed:
             raise ParameterError(
-                f"parameter {name!r} has shape {tuple(arrays[name].shape)}, "
-                f"but this model needs {expected}"
+                f"parameter {name!r} has shape {found}, but this model needs {needed}"
             )
-    for name, place in variables.items():
-        _replace(*place, torch.as_tensor(arrays[name]))
+    for name, (module, leaf) in places.items():
+        old = getattr(module, leaf)
+        new = nn.Parameter(torch.as_tensor(arrays[name]).detach())
+        new.kind, new.stacked = old.kind, old.stacked  # type: ignore[attr-defined]
+        setattr(module, leaf, new)
 
 
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter with its initial value, which depends on its name and the seed alone."""
-    for name, (module, leaf, parameter) in _variables(model).items():
-        declared = parameter.kind, seed, parameter.stacked  # type: ignore[attr-defined]
-        value = draw(name, tuple(parameter.shape), *declared)
-        _replace(module, leaf, parameter, torch.from_numpy(value))
+    load_parameters(model, initial_parameters(model, seed))
 
 
-def _variables(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
-    """The parameters by name, each with the module and the attribute that hold it."""
-    found = {
-        canonical_name([*path.split("."), leaf] if path else [leaf]): (module, leaf, parameter)
-        for path, module in model.named_modules()
-        for leaf, parameter in module.named_parameters(recurse=False)
+def initial_parameters(model: nn.Module, seed: int) -> dict[str, Float32[np.ndarray, "..."]]:
+    """Initial value of every parameter; the model may be on the meta device."""
+    variables = {name: getattr(*place) for name, place in _places(model).items()}
+    return {
+        name: draw(name, tuple(variable.shape), variable.kind, seed, variable.stacked)
+        for name, variable in variables.items()
     }
-    return dict(sorted(found.items()))
 
 
-def _replace(module: nn.Module, leaf: str, parameter: nn.Parameter, value: Tensor) -> None:
-    """A new parameter, because an old one keeps its dtype and device."""
-    replacement = nn.Parameter(value.detach())
-    replacement.kind = parameter.kind  # type: ignore[attr-defined]
-    replacement.stacked = parameter.stacked  # type: ignore[attr-defined]
-    setattr(module, leaf, replacement)
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Module and attribute of every parameter, by name."""
+    return dict(sorted((_name(path), place) for path, place in _paths(model).items()))
+
+
+def _paths(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The same by PyTorch's path."""
+    return {
+        f"{path}.{leaf}" if path else leaf: (module, leaf)
+        for path, module in model.named_modules()
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _name(path: str) -> str:
+    return canonical_name(path.split("."))
