@@ -7,6 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Test programs are tiny and run a few times, so nearly all their time is compilation: ask XLA for
+# less of it. Read when jax starts, here and in the processes that tests start.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
