@@ -209,6 +209,8 @@ class Config:
                 f"model.templates_enabled={self.model.templates_enabled} but data.num_templates="
                 f"{self.data.num_templates}: set num_templates to 0 or templates_enabled=true"
             )
+        if self.data.num_extra_msa == 0:
+            raise ConfigError("data.num_extra_msa=0: the extra-MSA stack needs at least 1 row")
         if self.loss.aligned_error and not self.model.pae_enabled:
             raise ConfigError("loss.aligned_error needs model.pae_enabled=true")
 

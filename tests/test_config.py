@@ -57,6 +57,7 @@ def test_overrides_are_toml_assignments() -> None:
         ("train.max_recycling_iters=4", ["max_recycling_iters=4", "0..3"]),
         ("model.evoformer_blocks=0", ["evoformer_blocks=0", "at least 1"]),
         ("data.num_templates=0", ["templates_enabled", "num_templates"]),
+        ("data.num_extra_msa=0", ["num_extra_msa=0", "at least 1"]),
         ("loss.aligned_error=0.1", ["pae_enabled"]),
         ("zzz.qqq=1", ["'zzz'", "valid keys"]),
     ],
