@@ -23,5 +23,6 @@ class Case:
     ours: Callable[[AlphaFold, Inputs], Outputs]
     scope: str = ""  # DeepMind's scope of the parameters
     layer: int | None = None  # which slice of them, where they are stacked
-    mutate: str = ""  # a parameter, or without parameters an input, changed to make the case fail
+    # parameters, or inputs where there are none, changed to see whether the case can fail
+    mutate: tuple[str, ...] = ()
     in_numpy: bool = False  # the oracle is plain numpy

@@ -21,21 +21,20 @@ EXAMPLES = 2
 Arrays = dict[str, np.ndarray]
 
 
-def main(precision: str, path: str) -> None:
-    """Compare in one precision and write the table."""
+def main(precision: str, path: str, *only: str) -> None:
+    """Compare in one precision, all cases or those named, and write the table."""
     params = make_params()
-    inputs = make_inputs(ragged_templates=precision == "float64")
+    inputs = make_inputs()
     jax.config.update("jax_enable_x64", precision == "float64")
     table: dict[str, Comparison] = {}
-    for name, case in CASES.items():
-        table.update(run(name, case, params, inputs, precision))
+    for name in only or CASES:
+        table.update(run(name, CASES[name], params, inputs, precision))
     compare.write(path, table)
 
 
-def make_inputs(ragged_templates: bool) -> Arrays:
+def make_inputs() -> Arrays:
     """Two examples as features of one recycling pass, with random activations."""
-    batches = [example.make_batch(seed, ragged_templates=ragged_templates) for seed in (0, 1)]
-    passes = [example.one_pass(batch) for batch in batches]
+    passes = [example.one_pass(example.make_batch(seed)) for seed in range(EXAMPLES)]
     x = {name: np.stack([each[name] for each in passes]) for name in passes[0]}
     random = np.random.default_rng(3)
     s, e, r = (example.SIZES[name] for name in "ser")
@@ -45,7 +44,7 @@ def make_inputs(ragged_templates: bool) -> Arrays:
         "pair": (r, r, 128),
         "single": (r, 384),
         "initial": (r, 384),
-        "template_pair": (r, r, 64),
+        "small_pair": (r, r, 64),
         "frames": (r, 7),
         "points": (r, 3),
         "error_logits": (r, r, 64),
@@ -98,13 +97,12 @@ def _nudge(own: published.Flat, inputs: Arrays, seed: int) -> tuple[Arrays, Arra
 
 
 def _mutate(case: Case, own: published.Flat, inputs: Arrays) -> tuple[Arrays, Arrays]:
-    """Flip the sign of the largest parameter, or add noise to an input."""
+    """Flip the sign of parameters (of the largest), or add noise to inputs."""
     if own:
-        name = case.mutate or max(own, key=lambda key: own[key].size)
-        return {**own, name: -own[name]}, inputs
+        names = case.mutate or (max(own, key=lambda key: own[key].size),)
+        return {**own, **{name: -own[name] for name in names}}, inputs
     random = np.random.default_rng(4)
-    names = ("error_logits", "lddt_logits") if case.in_numpy else (case.mutate,)
-    noisy = {n: inputs[n] + random.standard_normal(inputs[n].shape) for n in names}
+    noisy = {n: inputs[n] + random.standard_normal(inputs[n].shape) for n in case.mutate}
     return {}, inputs | {n: x.astype(np.float32) for n, x in noisy.items()}
 
 

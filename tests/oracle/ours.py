@@ -1,5 +1,6 @@
 """Our side: the same tiny network under a pure function of its parameters, and parts of it."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,14 +37,18 @@ def tiny_config() -> ModelConfig:
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tiny network's parameters."""
-    model = nnx.eval_shape(lambda: AlphaFold(tiny_config()))
+    model = nnx.merge(*_abstract())
     return {name: tuple(value.shape) for name, value in parameters(model).items()}
+
+
+@functools.cache
+def _abstract() -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: AlphaFold(tiny_config())))
 
 
 def network(params: Mapping[str, Any]) -> AlphaFold:
     """The tiny network with these parameters, which may be traced."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: AlphaFold(tiny_config())))
-    model = nnx.merge(graph, state)
+    model = nnx.merge(*_abstract())
     load_parameters(model, params)
     return model
 

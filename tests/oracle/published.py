@@ -1,6 +1,7 @@
 """DeepMind's side: its configuration, parameters under its names, its network and modules."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import haiku as hk
@@ -21,6 +22,7 @@ from alphafold.model import (  # noqa: E402, F401
     modules,
     quat_affine,
     r3,
+    utils,
 )
 from alphafold.model import config as published_config  # noqa: E402
 
@@ -92,6 +94,17 @@ def flatten(params: Params) -> Flat:
         for scope, values in params.items()
         for name, value in values.items()
     }
+
+
+def read_npz(path: Path) -> Params:
+    """Read a file of parameters as DeepMind's own scripts do."""
+    with np.load(path) as file:
+        return utils.flat_params_to_haiku({name: file[name] for name in file.files})
+
+
+def write_npz(path: Path, params: Params) -> None:
+    """Write a file of parameters with the keys of the published ones."""
+    np.savez(path, **{f"{scope}//{n}": x for scope, xs in params.items() for n, x in xs.items()})
 
 
 def cast(tree: Any, dtype: Any) -> Any:

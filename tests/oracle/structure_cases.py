@@ -19,8 +19,9 @@ GLOBAL = CONFIG.global_config
 STRUCTURE = CONFIG.heads.structure_module
 BREAKS = np.linspace(0.0, 31.0, 63)  # between the bins of the aligned error, angstrom
 
+TEMPLATE = ("template_aatype", "template_all_atom_positions", "template_all_atom_masks")
+
 _FOLD = "structure_module/fold_iteration"
-Rows = dict[str, Any]
 
 
 def _affine(x: Inputs) -> Any:
@@ -141,24 +142,22 @@ def _our_structure(model: AlphaFold, x: Inputs) -> Outputs:
 def _torsions(params: published.Params, x: Inputs) -> Outputs:
     del params
     torsions = all_atom.atom37_to_torsion_angles(
-        x["aatype"][None], x["all_atom_positions"][None], x["all_atom_mask"][None]
+        *(x[name] for name in TEMPLATE), placeholder_for_undefined=False
     )
     return {
-        "single": torsions["torsion_angles_sin_cos"][0],
-        "single alternative": torsions["alt_torsion_angles_sin_cos"][0],
-        "single mask": torsions["torsion_angles_mask"][0],
+        "templates": torsions["torsion_angles_sin_cos"],
+        "templates alternative": torsions["alt_torsion_angles_sin_cos"],
+        "templates mask": torsions["torsion_angles_mask"],
     }
 
 
 def _our_torsions(model: AlphaFold, x: Inputs) -> Outputs:
     del model
-    torsions = rigid.torsion_angles_from_atom37(
-        x["aatype"], x["all_atom_positions"], x["all_atom_mask"]
-    )
+    torsions = rigid.torsion_angles_from_atom37(*(x[name] for name in TEMPLATE))
     return {
-        "single": torsions.sin_cos,
-        "single alternative": torsions.alt_sin_cos,
-        "single mask": torsions.mask,
+        "templates": torsions.sin_cos,
+        "templates alternative": torsions.alt_sin_cos,
+        "templates mask": torsions.mask,
     }
 
 
@@ -223,8 +222,10 @@ CASES: dict[str, Case] = {
     "fold_iteration": Case(_fold_iteration, _our_fold_iteration, _FOLD),
     "rigid_sidechain": Case(_sidechain, _our_sidechain, f"{_FOLD}/rigid_sidechain"),
     "structure_module": Case(_structure, _our_structure, "structure_module"),
-    "torsions from atoms": Case(_torsions, _our_torsions, mutate="all_atom_positions"),
-    "frame from three points": Case(_three_points, _our_three_points, mutate="all_atom_positions"),
+    "torsions from atoms": Case(_torsions, _our_torsions, mutate=TEMPLATE[1:]),
+    "frame from three points": Case(
+        _three_points, _our_three_points, mutate=("all_atom_positions",)
+    ),
     "distogram_head": _head("distogram", modules.DistogramHead, "pair", "distogram_head", "pair"),
     "masked_msa_head": _head("masked_msa", modules.MaskedMsaHead, "msa", "masked_msa_head", "msa"),
     "experimentally_resolved_head": _head(
@@ -248,5 +249,7 @@ CASES: dict[str, Case] = {
         "predicted_aligned_error_head",
         "pair",
     ),
-    "confidences": Case(_confidence, _our_confidence, mutate="both", in_numpy=True),
+    "confidences": Case(
+        _confidence, _our_confidence, mutate=("error_logits", "lddt_logits"), in_numpy=True
+    ),
 }

@@ -1,6 +1,8 @@
 """Cases of the trunk: embedders, the Evoformer's modules and blocks, templates."""
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ from jaxfold.model import AlphaFold
 from oracle import ours, published
 from oracle.case import Case, Inputs, Outputs
 from oracle.published import modules
-from oracle.shim import Namespace
 
 GLOBAL = published.tiny_config().global_config
 TRUNK = published.tiny_config().embeddings_and_evoformer
@@ -102,7 +103,9 @@ def _block(extra: bool) -> Case:
         return {kind: msa, "pair": pair}
 
     scope = _EXTRA_BLOCK if extra else _BLOCK
-    return Case(named, mine, scope, 0 if extra else _LAST)
+    return Case(
+        named, mine, scope, 0 if extra else _LAST, (f"{scope}/msa_transition/transition1//weights",)
+    )
 
 
 # Embedders ----------------------------------------------------------------------------------------
@@ -114,11 +117,16 @@ def _into_the_stacks(params: published.Params, x: Inputs, templates: bool) -> di
 
     def layer_stack(count: int) -> Any:
         del count
-        return lambda function: lambda carry: seen.setdefault(function.__name__, carry)
+        return lambda function: functools.partial(unchanged, function.__name__)
+
+    def unchanged(name: str, carry: Any) -> Any:
+        if name.endswith("_fn"):  # not the template stack, which runs under vmap
+            seen[name] = carry
+        return carry
 
     config = published.tiny_config().embeddings_and_evoformer
     config.template.enabled = templates
-    original, modules.layer_stack = modules.layer_stack, Namespace(layer_stack=layer_stack)
+    original, modules.layer_stack = modules.layer_stack, SimpleNamespace(layer_stack=layer_stack)
     try:
         published.apply_part(
             lambda: modules.EmbeddingsAndEvoformer(config, GLOBAL, name="part"),
@@ -176,7 +184,7 @@ def _pair_stack(params: published.Params, x: Inputs) -> Outputs:
     pair = published.apply_part(
         lambda: modules.TemplatePairStack(stack, GLOBAL, name="part"),
         params,
-        x["template_pair"],
+        x["small_pair"],
         x["pair_mask"],
         is_training=True,
     )
@@ -185,7 +193,7 @@ def _pair_stack(params: published.Params, x: Inputs) -> Outputs:
 
 def _our_pair_stack(model: AlphaFold, x: Inputs) -> Outputs:
     stack = model.template_embedding.single_template_embedding.template_pair_stack
-    return {"pair": stack(x["template_pair"], x["pair_mask"])}
+    return {"pair": stack(x["small_pair"], x["pair_mask"])}
 
 
 def _bins(params: published.Params, x: Inputs) -> Outputs:
@@ -203,10 +211,21 @@ CASES: dict[str, Case] = {
     "evoformer block": _block(extra=False),
     "extra MSA block": _block(extra=True),
     "embedders": Case(
-        lambda params, x: _into_the_stacks(params, x, templates=False), _our_embeddings, "evoformer"
+        lambda params, x: _into_the_stacks(params, x, templates=False),
+        _our_embeddings,
+        "evoformer",
+        mutate=tuple(
+            f"evoformer/{name}//weights"
+            for name in ("preprocess_1d", "left_single", "extra_msa_activations")
+        ),
     ),
-    "template_angle_embedder": Case(_template_rows, _our_template_rows, "evoformer"),
+    "template_angle_embedder": Case(
+        _template_rows,
+        _our_template_rows,
+        "evoformer",
+        mutate=("evoformer/template_projection//weights",),
+    ),
     "template_embedding": Case(_template_embedding, _our_template_embedding, _TEMPLATES),
     "template_pair_stack": Case(_pair_stack, _our_pair_stack, _PAIR_STACK),
-    "distance bins": Case(_bins, _our_bins, mutate="points"),
+    "distance bins": Case(_bins, _our_bins, mutate=("points",)),
 }
