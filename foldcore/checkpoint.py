@@ -24,10 +24,12 @@ from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from foldcore.deepmind import read_npz
 from foldcore.layout import Layout, LayoutError
 
 FORMAT = "twinfold-checkpoint"
 VERSION = 1
+SECTIONS = ("params", "mu", "nu", "ema")  # flat buffers of the training state
 TENSORS, METADATA = "state.safetensors", "metadata.json"
 
 
@@ -170,6 +172,13 @@ def restore(folder: str | Path, warn: Callable[[str], None]) -> Checkpoint | Non
             "or delete the folder to start from scratch"
         )
     return None
+
+
+def read_params(path: str, layout: Layout) -> Float32[np.ndarray, " n"]:
+    """Parameters to start from: DeepMind's ``.npz``, or the averaged ones of a checkpoint."""
+    if path.endswith(".npz"):
+        return layout.flatten(read_npz(path), path)
+    return read(path).flat("ema", layout)
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:

@@ -83,16 +83,29 @@ def choose_chains(chains: Sequence[str], count: int) -> list[str]:
     return sorted(chains, key=lambda chain_id: (_number(chain_id), chain_id))[:count]
 
 
+def summarize(batches: Sequence[tuple[Mapping[str, np.ndarray], int]]) -> dict[str, float]:
+    """Mean over the structures of each score and value, by name under ``eval/``.
+
+    A batch has ``predicted``, ``true`` (atom37 positions) and ``mask``, any other values with one
+    number a structure, and how many of its structures count.
+    """
+    rows = []
+    for found, scored in batches:
+        values = {k: v for k, v in found.items() if k not in ("predicted", "true", "mask")}
+        for i in range(scored):
+            row = score(found["predicted"][i], found["true"][i], found["mask"][i])
+            rows.append({**row, **{name: float(value[i]) for name, value in values.items()}})
+    return {f"eval/{name}": mean for name, mean in average(rows).items()}
+
+
 def score(
-    predicted: Float[np.ndarray, "b r 37 3"],
-    true: Float[np.ndarray, "b r 37 3"],
-    mask: Float[np.ndarray, "b r 37"],
-) -> list[dict[str, float]]:
-    """The scores of each structure from its alpha carbons; nan where one is not defined."""
-    return [
-        {name: metric(p[:, CA], t[:, CA], m[:, CA]) for name, metric in SCORES.items()}
-        for p, t, m in zip(predicted, true, mask, strict=True)
-    ]
+    predicted: Float[np.ndarray, "r 37 3"],
+    true: Float[np.ndarray, "r 37 3"],
+    mask: Float[np.ndarray, "r 37"],
+) -> dict[str, float]:
+    """The scores of one structure, from its alpha carbons; nan where one is not defined."""
+    arguments = (predicted[:, CA], true[:, CA], mask[:, CA])
+    return {name: metric(*arguments) for name, metric in SCORES.items()}
 
 
 def average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -30,13 +30,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from foldcore.checkpoint import CheckpointError, list_checkpoints
+from foldcore.checkpoint import list_checkpoints
 from foldcore.config import Config, ConfigError, dumps, load
-from foldcore.data.loader import Loader, LoaderError
-from foldcore.data.worker import WorkerError
-from foldcore.deepmind import ParameterFileError
-from foldcore.errors import DataError
-from foldcore.layout import LayoutError
+from foldcore.data.loader import Loader
 
 # fields that may change when a run continues: none of them alters a number that was already logged
 FREE_FIELDS = frozenset(
@@ -64,19 +60,6 @@ class NonFiniteError(ArithmeticError):
         self.step, self.name = step, name
 
 
-# what a user can mend: shown as one line, without a traceback
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    LoaderError,
-    WorkerError,
-    CheckpointError,
-    LayoutError,
-    ParameterFileError,
-    NonFiniteError,
-)
-
-
 class RunLog:
     """The files and the display of one run, appended to if the run continues."""
 
@@ -85,6 +68,7 @@ class RunLog:
         self._total = total_steps
         self._enabled = enabled
         self._progress: Progress | None = None
+        self._said: set[str] = set()
         if enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._text = (self.folder / "run.log").open("a", encoding="utf-8")
@@ -142,12 +126,15 @@ class RunLog:
             print(line, flush=True)
 
     def data(self, loader: Loader) -> None:
-        """Write what became of every chain of the data sets to ``data_report.tsv``."""
+        """Say what became of the data sets, unless just said, and write it chain by chain."""
         if not self._enabled:
             return
         for number, dataset in enumerate(loader.datasets):
             name = f"data_report_{number}.tsv" if number else "data_report.tsv"
             dataset.report.write(self.folder / name)
+            if (summary := dataset.report.summary()) not in self._said:
+                self._said.add(summary)
+                self.say(summary)
 
     def tick(self, step: int) -> None:
         """Move the live progress to ``step``; nothing is shown where there is no terminal."""
@@ -213,6 +200,11 @@ class Window:
         return row
 
 
+def due(step: int, last: int, every: int) -> bool:
+    """Whether what is done each ``every`` steps (0: only at the last) is done at this one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 def closing_words(folder: Path, command: str, finished: bool) -> str:
     """Where everything is, and what to do next."""
     found = list_checkpoints(folder / "checkpoints")
@@ -226,11 +218,17 @@ def closing_words(folder: Path, command: str, finished: bool) -> str:
     )
 
 
-def keep_batch(path: Path, loader: Loader, step: int, batch_size: int) -> None:
-    """Rebuild the loader's batch of an earlier step from the seed, and write it to an .npz file."""
+def keep_batch(folder: Path, loader: Loader, step: int, batch_size: int) -> Path:
+    """Rebuild the loader's batch of an earlier step from the seed, and write it to an .npz file.
+
+    Each process writes its own examples, named by the first of them.
+    """
     before = {"step": step - 1, "position": (step - 1) * batch_size}
     loader.restore({**loader.state(), **before})
-    np.savez_compressed(path, allow_pickle=False, **next(loader))
+    batch = next(loader)
+    path = folder / f"non_finite_step_{step:08d}_example_{batch['example_id'][0]}.npz"
+    np.savez_compressed(path, allow_pickle=False, **batch)
+    return path
 
 
 def first_non_finite(pending: Sequence[Mapping[str, float]]) -> tuple[int, str] | None:

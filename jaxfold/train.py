@@ -2,12 +2,10 @@
 
     python -m jaxfold.train CONFIG [section.key=value ...]
 
-CONFIG is a file such as configs/demo.toml; each override is a TOML assignment. Everything the run
-leaves behind appears in ``<train.out>/<train.name>/`` (see foldcore/runlog.py). The same command
-again continues the run from its newest checkpoint.
+CONFIG is a file such as configs/demo.toml; an override is a TOML assignment. The run folder is
+<train.out>/<train.name>/ (see foldcore/runlog.py); the same command again continues the run.
 """
 
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,34 +19,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from foldcore import checkpoint
-from foldcore.checkpoint import CheckpointWriter
-from foldcore.config import Config, dumps, load
+from foldcore.checkpoint import SECTIONS, CheckpointWriter, read_params, restore
+from foldcore.command import run_command
+from foldcore.config import Config, dumps
 from foldcore.data.loader import Loader, open_loader
-from foldcore.deepmind import read_npz
-from foldcore.evaluation import EvaluationSet, average, score
+from foldcore.evaluation import EvaluationSet, summarize
 from foldcore.interrupt import Interrupt
 from foldcore.runlog import (
-    USER_ERRORS,
     NonFiniteError,
     RunLog,
     Window,
     check_config,
     closing_words,
+    due,
     keep_batch,
 )
-from jaxfold.distributed import (
-    agree_to_stop,
-    describe_devices,
-    gather_over_data,
-    initialize,
-    make_mesh,
-    mean_over_data,
-    place,
-    process,
-    replicas,
-    replicate,
-)
+from jaxfold import distributed
 from jaxfold.heads import compute_plddt
 from jaxfold.losses import alphafold_loss
 from jaxfold.ops import UnsupportedOp
@@ -67,7 +53,6 @@ from jaxfold.step import (
 )
 
 Batch = Mapping[str, Array]
-SECTIONS = ("params", "mu", "nu", "ema")
 
 
 @jax.tree_util.register_dataclass
@@ -84,11 +69,8 @@ class TrainState:
 
 def make_state(config: Config, network: Network) -> TrainState:
     """The state before the first update, on the host."""
-    path = config.train.initial_params
-    if path.endswith(".npz"):
-        params = network.layout.flatten(read_npz(path), path)
-    elif path:
-        params = checkpoint.read(path).flat("ema", network.layout)
+    if path := config.train.initial_params:
+        params = read_params(path, network.layout)
     else:
         params = network.initialize(config.train.seed)
     zeros = np.zeros_like(params)
@@ -101,7 +83,9 @@ def loss_fn(
     """Loss of a batch, and what is logged of it; dropout is drawn for this step."""
     dropout = None
     if config.train.dropout:
-        dropout = DropoutKey(jnp.asarray(config.train.seed % 2**32, jnp.uint32), step, batch["example_id"])
+        dropout = DropoutKey(
+            jnp.asarray(config.train.seed % 2**32, jnp.uint32), step, batch["example_id"]
+        )
     outputs = network(params, batch, dropout)
     total, terms = alphafold_loss(outputs, batch, config.loss)
     logged = {"loss/total": total, **{f"loss/{name}": term for name, term in terms.items()}}
@@ -121,7 +105,7 @@ def train_step(
             gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
         return gradient, logged
 
-    gradient, logged = mean_over_data(mean_over_examples(example_gradient, batch))
+    gradient, logged = distributed.mean_over_data(mean_over_examples(example_gradient, batch))
     if settings.clip == "global":
         gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
 
@@ -143,29 +127,23 @@ def eval_step(network: Network, config: Config, state: TrainState, batch: Batch)
     outputs = network(network.unflatten(state.ema), batch, None)
     total, terms = alphafold_loss(outputs, batch, config.loss)
     plddt = compute_plddt(outputs["plddt_logits"])
-    rows = {
-        "loss/total": total,
-        **{f"loss/{name}": term for name, term in terms.items()},
-        "plddt": (plddt * batch["seq_mask"]).sum(-1) / batch["seq_mask"].sum(-1),
-    }
-    structures = {
+    found = {
         "predicted": outputs["final_atom37_positions"],
         "true": batch["all_atom_positions"],
         "mask": batch["all_atom_mask"],
+        "plddt": (plddt * batch["seq_mask"]).sum(-1) / batch["seq_mask"].sum(-1),
+        "loss/total": total,
+        **{f"loss/{name}": term for name, term in terms.items()},
     }
-    return gather_over_data({"rows": rows, "structures": structures})
+    return distributed.gather_over_data(found)
 
 
 def evaluate(predict: CompiledStep, state: TrainState, run: "Run") -> dict[str, float]:
     """The mean scores over the held-out chains, by name under ``eval/``."""
-    rows: list[dict[str, float]] = []
-    for batch, scored in run.evaluation.batches(run.log.say):
-        found = fetch(predict(state, place(run.mesh, batch)))
-        scores = score(**found["structures"])
-        values = found["rows"]
-        for i in range(scored):
-            rows.append({**scores[i], **{name: float(v[i]) for name, v in values.items()}})
-    return {f"eval/{name}": value for name, value in average(rows).items()}
+    batches = run.evaluation.batches(run.log.say)
+    return summarize(
+        [(fetch(predict(state, distributed.place(run.mesh, batch))), n) for batch, n in batches]
+    )
 
 
 @dataclass(frozen=True)
@@ -184,26 +162,28 @@ class Run:
 
 def train(config: Config, command: str) -> None:
     """One run, from its newest checkpoint or from scratch, to ``train.steps`` or a signal."""
-    settings, (rank, world) = config.train, process()
-    folder = Path(settings.out) / settings.name
+    configure(config)
+    distributed.initialize()
+    (rank, world), settings = distributed.process(), config.train
+    folder = Path(settings.out, settings.name)
     log = RunLog(folder, settings.steps, enabled=rank == 0)
     with (
         log,
         Interrupt() as stop,
         open_loader(config, rank=rank, world=world, warn=log.say) as loader,
     ):
-        mesh, network = make_mesh(settings.batch_size), Network(config.model)
+        mesh, network = distributed.make_mesh(settings.batch_size), Network(config.model)
         writer = CheckpointWriter(folder / "checkpoints", settings.keep, enabled=rank == 0)
-        evaluation = EvaluationSet(config, loader.datasets[0], replicas(mesh), process())
+        evaluation = EvaluationSet(
+            config, loader.datasets[0], distributed.replicas(mesh), distributed.process()
+        )
         run = Run(config, log, loader, writer, network, mesh, evaluation, stop)
-        log.say(f"{describe_devices()}; {network.layout.size:,} parameters")
-        for dataset in loader.datasets:
-            log.say(dataset.report.summary())
+        log.say(f"{distributed.describe_devices()}; {network.layout.size:,} parameters")
+        log.data(loader)
         try:
             finished = run_steps(run, *resume(run))
         except NonFiniteError as error:
-            path = folder / f"non_finite_step_{error.step:08d}_process_{rank}.npz"
-            keep_batch(path, loader, error.step, settings.batch_size)
+            keep_batch(folder, loader, error.step, settings.batch_size)
             raise
         finally:
             log.data(loader)
@@ -213,7 +193,7 @@ def train(config: Config, command: str) -> None:
 
 def resume(run: Run) -> tuple[TrainState, Window]:
     """State and pending metrics of the newest checkpoint, loader restored; or of a new run."""
-    found = checkpoint.restore(run.log.folder / "checkpoints", run.log.say)
+    found = restore(run.log.folder / "checkpoints", run.log.say)
     if found is None:
         run.log.say("starting from scratch")
         run.log.begin(0, run.config)
@@ -233,7 +213,7 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
     update = CompiledStep(partial(train_step, run.network, config), config, run.mesh, donate=True)
     predict = CompiledStep(partial(eval_step, run.network, config), config, run.mesh, donate=False)
     first = int(state.step) + 1
-    state = replicate(run.mesh, state)
+    state = distributed.replicate(run.mesh, state)
     batches = prefetch(((batch, run.loader.state()) for batch in iter(run.loader)), run.mesh)
     steps = range(first, settings.steps + 1)
     for step, (batch, position, waited) in zip(steps, batches, strict=False):
@@ -242,8 +222,8 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
         if step == first:
             log.say(update.first_step(logged))
             window.restart_clock()
-        stopping = agree_to_stop(run.stop.requested, step, settings.log_every)
-        is_due = partial(due, step, step == settings.steps)
+        stopping = distributed.agree_to_stop(run.stop.requested, step, settings.log_every)
+        is_due = partial(due, step, settings.steps)
         if is_due(settings.log_every) or is_due(settings.save_every) or stopping:
             window.land(fetch, step)
         if is_due(settings.log_every):
@@ -259,11 +239,6 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
     return True
 
 
-def due(step: int, last: bool, every: int) -> bool:
-    """Whether something done each ``every`` steps (0: only at the end) is done at this one."""
-    return last or (every > 0 and step % every == 0)
-
-
 def save(run: Run, state: TrainState, metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint in the background, once the device has come this far."""
     host = fetch(state)
@@ -273,19 +248,8 @@ def save(run: Run, state: TrainState, metadata: Mapping[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Read the configuration and train; the exit status: 0, or 2 with one line on what is wrong."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\nEvery key with its default:\n\n{dumps(Config())}")
-        return 0
-    try:
-        config = load(argv[0], argv[1:])
-        configure(config)
-        initialize()
-        train(config, shlex.join(argv))
-    except (*USER_ERRORS, UnsupportedOp) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Train as the command line says; the exit status."""
+    return run_command(argv, __doc__ or "", train, (UnsupportedOp,))
 
 
 if __name__ == "__main__":
