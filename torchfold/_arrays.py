@@ -4,6 +4,9 @@ None reads from the device, and only the first call of ``table`` copies to it, s
 captured as a CUDA graph.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -31,3 +34,14 @@ def table(name: str, dtype: torch.dtype, device: torch.device, *arguments: float
         array = np.array(source(*arguments) if callable(source) else source)
         _tables[key] = torch.from_numpy(array).to(device, dtype)
     return _tables[key]
+
+
+def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
+    """``function`` of every leaf of equal trees of dicts, tuples, named tuples and lists."""
+    tree = trees[0]
+    if isinstance(tree, dict):
+        return {key: map_tree(function, *(t[key] for t in trees)) for key in tree}
+    if isinstance(tree, tuple | list):
+        parts = [map_tree(function, *leaves) for leaves in zip(*trees, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return function(*trees)

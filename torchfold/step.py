@@ -1,0 +1,207 @@
+"""How a step is run: PyTorch's settings, flat parameters, the gradient, state updated in place.
+
+``train.py`` says what a step computes; this file knows that PyTorch runs it. A step starts work on
+the device and never waits for it: shapes are fixed and the host reads no result.
+"""
+
+import os
+import platform
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+from torch.distributed import DeviceMesh
+from torch.func import functional_call
+
+from foldcore import __version__
+from foldcore.config import Config, ModelConfig
+from foldcore.layout import make_layout
+from torchfold import ops
+from torchfold._arrays import map_tree
+from torchfold.distributed import over_mesh, place
+from torchfold.model import AlphaFold
+from torchfold.params import _name, _paths, initial_parameters, parameters
+from torchfold.primitives import DropoutKey
+
+TRUNK = "evoformer/"  # names of the parameters that compute in config.model.dtype
+MATMUL_PRECISION = {"ieee": "highest", "tf32": "high"}
+IN_FLIGHT = 2  # steps the host may run ahead of the device; more would only hold more batches
+
+
+def configure(config: Config) -> None:
+    """Set what is global in PyTorch; must run before the first device is used."""
+    torch.set_float32_matmul_precision(MATMUL_PRECISION[config.model.matmul_precision])
+    # sums of bfloat16 products stay in float32, as XLA keeps them
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    ops.use(config.model.implementation)
+
+
+class Network:
+    """AlphaFold as a pure function of its parameters, which live in one flat buffer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        with torch.device("meta"):
+            self._model = AlphaFold(config)
+        self.layout = make_layout({k: tuple(p.shape) for k, p in parameters(self._model).items()})
+        self._dtype = getattr(torch, config.dtype)
+        self._sizes = [p.numel() for p in parameters(self._model).values()]
+        self._names = {path: _name(path) for path in _paths(self._model)}
+
+    def __call__(
+        self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], dropout: DropoutKey | None
+    ) -> dict[str, Tensor]:
+        """The model's outputs for parameters by name."""
+        by_path = {path: params[name] for path, name in self._names.items()}
+        return functional_call(self._model, by_path, (batch, dropout))
+
+    def initialize(self, seed: int) -> Float32[np.ndarray, " n"]:
+        """The initial values of all parameters, on the host."""
+        return self.layout.flatten(initial_parameters(self._model, seed))
+
+    def unflatten(self, flat: Float[Tensor, " n"]) -> dict[str, Tensor]:
+        """Parameters by name; the trunk's are cast to the dtype it computes in."""
+        # products need equal types: with a trunk in float64, what follows is in float64 as well
+        others = ops.at_least_float32(self._dtype)
+        parts = zip(self.layout, flat.split(self._sizes), strict=True)
+        return {
+            name: part.view(shape).to(self._dtype if name.startswith(TRUNK) else others)
+            for (name, shape, _), part in parts
+        }
+
+    def flatten(self, tree: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """Arrays by name as one buffer in at least float32."""
+        wide = [p.to(ops.at_least_float32(p.dtype)).ravel() for _, p in sorted(tree.items())]
+        return torch.cat(wide)
+
+
+def value_and_grad(
+    loss_fn: Callable[..., tuple[Tensor, dict[str, Tensor]]], network: Network
+) -> Callable[..., tuple[dict[str, Tensor], Float[Tensor, " n"]]]:
+    """``loss_fn(params, ...)`` -> its metrics and its gradient by the flat parameters."""
+
+    def run(flat: Float[Tensor, " n"], *rest: Any) -> tuple[dict[str, Tensor], Float[Tensor, " n"]]:
+        params = {k: p.detach().requires_grad_() for k, p in network.unflatten(flat).items()}
+        with torch.enable_grad():
+            loss, metrics = loss_fn(params, *rest)
+        gradients = torch.autograd.grad(
+            loss, list(params.values()), allow_unused=True, materialize_grads=True
+        )
+        by_name = dict(zip(params, gradients, strict=True))
+        return {k: value.detach() for k, value in metrics.items()}, network.flatten(by_name)
+
+    return run
+
+
+def mean_over_examples(function: Callable[..., Any], batch: Mapping[str, Tensor]) -> Any:
+    """Mean of ``function(example)`` over a device's examples, which run one after another.
+
+    Each example keeps a batch axis, of size 1: its gradient is clipped apart from the others', and
+    memory does not grow with their number.
+    """
+    count = batch["aatype"].shape[0]
+    if count == 1:
+        return function(batch)
+    total = None
+    for i in range(count):
+        values = function({name: array[i : i + 1] for name, array in batch.items()})
+        total = values if total is None else map_tree(torch.add, total, values)
+    return map_tree(lambda x: x / count, total)
+
+
+def keep_where(condition: Bool[Tensor, ""], new: Any, old: Any) -> Any:
+    """``new`` where the condition holds, else ``old``, decided on the device."""
+    return map_tree(lambda a, b: torch.where(condition, a, b), new, old)
+
+
+class CompiledStep:
+    """``function(state, local_batch)`` over the mesh; nothing in it is compiled yet.
+
+    With ``donate`` the state given is used up: its memory holds the state returned.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], config: Config, mesh: DeviceMesh, donate: bool
+    ) -> None:
+        self._function = over_mesh(function, mesh)
+        self._donate = donate
+        self._cuda = mesh.device_type == "cuda"
+        self._events: deque[torch.cuda.Event] = deque()
+        self._first = True
+        self._started = 0.0  # a time
+
+    @torch.no_grad()
+    def __call__(self, state: Any, batch: Mapping[str, Tensor]) -> Any:
+        """Start the step; the result may still be on its way when this returns."""
+        if self._first:
+            self._started = time.perf_counter()
+        if len(self._events) == IN_FLIGHT:
+            self._events.popleft().synchronize()
+        if self._cuda and not self._first:  # constants of the first step have to be copied
+            torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device unnoticed
+        try:
+            result = self._run(state, batch)
+        finally:
+            if self._cuda:
+                torch.cuda.set_sync_debug_mode("default")
+        self._first = False
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._events.append(event)
+        return result
+
+    def _run(self, state: Any, batch: Mapping[str, Tensor]) -> Any:
+        result = self._function(state, batch)
+        if not self._donate:
+            return result
+        updated, rest = result
+        map_tree(lambda old, new: old.copy_(new), state, updated)
+        return state, rest
+
+    def first_step(self, result: Any) -> str:
+        """What the first step cost, once its ``result`` has arrived."""
+        fetch(result)
+        seconds = time.perf_counter() - self._started
+        return f"first step: {seconds:.2f} s to run, peak memory {peak_memory()}"
+
+
+def prefetch(
+    batches: Iterable[tuple[Mapping[str, Any], Any]], mesh: DeviceMesh
+) -> Iterator[tuple[dict[str, Tensor], Any, float]]:
+    """(batch on the devices, its companion, seconds waited for it), moved there one ahead."""
+    ahead: deque[tuple[dict[str, Tensor], Any, float]] = deque()
+    start = time.perf_counter()
+    for batch, companion in batches:
+        ahead.append((place(mesh, batch), companion, time.perf_counter() - start))
+        if len(ahead) == 2:
+            yield ahead.popleft()
+        start = time.perf_counter()
+    yield from ahead
+
+
+def fetch(tree: Any) -> Any:
+    """Device arrays as numpy arrays, waiting for them."""
+    return map_tree(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, tree)
+
+
+def versions() -> dict[str, str]:
+    """What this run computes with, for the record in its checkpoints."""
+    packages = {name: metadata.version(name) for name in ("torch", "numpy")}
+    return {"twinfold": __version__, "python": platform.python_version(), **packages}
+
+
+def peak_memory() -> str:
+    """The most memory used so far: of the fullest device, or of the process where they share it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB in the process"
