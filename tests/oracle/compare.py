@@ -50,7 +50,7 @@ def compare(
         scale = float(np.abs(oracle).max()) if absolute is None else absolute
         error, broken = (float(np.abs(x - oracle).max()) for x in (ours, mutated))
         return Comparison(error, scale, FLOAT64_TOLERANCE * scale, broken)
-    scale = float(np.linalg.norm(oracle))
+    scale = float(np.linalg.norm(oracle)) if absolute is None else absolute
     # three runs of a single number may happen to agree; the number itself is rounded
     rounding = float(np.finfo(np.float32).eps) * scale
     noise = max(rounding, spread([np.asarray(x, np.float64) for x in perturbed]))

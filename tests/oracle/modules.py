@@ -28,6 +28,8 @@ def main(precision: str, path: str, *only: str) -> None:
     jax.config.update("jax_enable_x64", precision == "float64")
     table: dict[str, Comparison] = {}
     for name in only or CASES:
+        if CASES[name].in_numpy and precision == "float32":
+            continue  # what numpy rounds where is not of interest
         table.update(run(name, CASES[name], params, inputs, precision))
     compare.write(path, table)
 
@@ -36,6 +38,7 @@ def make_inputs() -> Arrays:
     """Two examples as features of one recycling pass, with random activations."""
     passes = [example.one_pass(example.make_batch(seed)) for seed in range(EXAMPLES)]
     x = {name: np.stack([each[name] for each in passes]) for name in passes[0]}
+    x["template_mask"][1] = 0  # an example without templates
     random = np.random.default_rng(3)
     s, e, r = (example.SIZES[name] for name in "ser")
     shapes = {
