@@ -28,6 +28,9 @@ FAST_COMPILE = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
+# several threads wait for each other far longer than such small arrays need
+TORCH_THREADS = 1
+torch.set_num_threads(TORCH_THREADS)
 NOTHING = 1e-11  # where the exact value is zero, such as a gradient by a bias that softmax ignores
 
 

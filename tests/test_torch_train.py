@@ -1,0 +1,243 @@
+"""The training program of the PyTorch track: its update, whole runs, and runs shared with JAX."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import jaxfold.distributed
+import jaxfold.step
+import jaxfold.train
+import torchfold.distributed
+import torchfold.step
+import torchfold.train
+from foldcore import checkpoint
+from foldcore.checkpoint import SECTIONS, CheckpointWriter
+from foldcore.config import Config, dumps, load
+from foldcore.data.loader import open_loader
+from foldcore.layout import make_layout
+from foldcore.runlog import RunLog
+from tests import small_step
+from tests.conftest import ROOT
+from tests.torch_twin import FAST_COMPILE, TORCH_THREADS
+
+CONFIG = "tests/data/tiny.toml"
+TIMED = ("examples_per_s", "data_wait")  # all that may differ between equal runs
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(ROOT)
+    torch.set_num_threads(TORCH_THREADS)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
+    own = [f"train.out={folder}", f"train.name={name}", "data.workers=0", "train.log_every=1"]
+    return [CONFIG, *own, "train.eval_chains=1", *overrides]
+
+
+def rows(folder: Path, name: str) -> list[dict[str, float]]:
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def last(folder: Path, name: str) -> checkpoint.Checkpoint:
+    found = checkpoint.restore(folder / name / "checkpoints", pytest.fail)
+    assert found is not None
+    return found
+
+
+# One update ---------------------------------------------------------------------------------------
+
+
+def squared_error(params, network, config, batch, step):
+    """Stands where ``loss_fn`` does."""
+    loss = torch.square(batch["x"] @ params["weights"] - batch["y"]).mean((1, 2))
+    return loss.mean(), {"loss/total": loss.mean()}
+
+
+def torch_steps(clip: str, batches: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """As ``small_step.run``, in PyTorch."""
+    config, results = small_step.settings(clip), []
+    torchfold.distributed.initialize()
+    mesh = torchfold.distributed.make_mesh(small_step.EXAMPLES)
+    function = partial(torchfold.train.train_step, small_step.OneMatrix(), config)
+    step = torchfold.step.CompiledStep(function, config, mesh, donate=True)
+    start = torchfold.train.TrainState(**vars(small_step.start()))
+    state = torchfold.distributed.replicate(mesh, start)
+    addresses = [buffer.data_ptr() for buffer in state]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchfold.train, "loss_fn", squared_error)
+        for batch in batches:
+            state, metrics = step(state, torchfold.distributed.place(mesh, batch))
+            host = torchfold.step.fetch({**metrics, **state._asdict()})
+            results.append({name: np.array(value) for name, value in host.items()})
+    assert addresses == [buffer.data_ptr() for buffer in state]  # as a captured graph needs it
+    return results
+
+
+@pytest.mark.parametrize("clip", ["example", "global"])
+def test_two_updates_are_those_of_jax(clip: str) -> None:
+    batches = [small_step.make_batch(0), small_step.make_batch(1)]
+    with jax.enable_x64(True):
+        ours = small_step.run(clip, batches)
+    for one, two in zip(ours, torch_steps(clip, batches), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            # rates and decays are float32 numbers: 6e-8 of the update
+            np.testing.assert_allclose(two[name], value, rtol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_update_leaves_the_state_as_it_was(bad: float) -> None:
+    spoilt = small_step.make_batch(1)
+    spoilt["y"][3, 0, 0] = bad
+    batches = [small_step.make_batch(0), spoilt, small_step.make_batch(2)]
+    first, second, third = torch_steps("example", batches)
+    assert not np.isfinite(second["loss/total"])
+    for name in (*SECTIONS, "step"):
+        np.testing.assert_array_equal(second[name], first[name], err_msg=name)
+    assert third["step"] == 2 and np.isfinite(third["params"]).all()
+
+
+# Whole runs ---------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch, capsys) -> None:
+    def stop_at(log: RunLog, step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    steps = "train.steps=6", "train.save_every=4"
+    assert torchfold.train.main(arguments(tmp_path, "whole", *steps)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "tick", stop_at)
+        assert torchfold.train.main(arguments(tmp_path, "parts", *steps)) == 0
+    assert last(tmp_path, "parts").step == 3  # the step under way is the last one
+    assert torchfold.train.main(arguments(tmp_path, "parts", *steps)) == 0
+    assert "continuing after step 3" in capsys.readouterr().out
+
+    found = rows(tmp_path, "parts")
+    assert found == rows(tmp_path, "whole")
+    assert [r["step"] for r in found if "loss/total" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in found if "eval/lddt_ca" in r] == [6]
+    one, two = last(tmp_path, "whole"), last(tmp_path, "parts")
+    for name in one.tensors:
+        np.testing.assert_array_equal(one.tensors[name], two.tensors[name], err_msg=name)
+
+
+def test_non_finite_stops_the_run_and_keeps_the_batch(tmp_path: Path, capsys) -> None:
+    network = torchfold.step.Network(load(CONFIG).model)
+    spoilt = network.initialize(0)
+    network.layout.unflatten(spoilt)["predicted_lddt_head/logits//bias"][:] = np.nan
+    start = checkpoint.write(tmp_path / "step_00000001", 1, {"ema": spoilt}, network.layout, {})
+    found = torchfold.train.main(arguments(tmp_path, "bad", f"train.initial_params={start}"))
+    assert found == 2
+    assert "loss/plddt is not finite at step 1" in capsys.readouterr().err
+    assert not checkpoint.list_checkpoints(tmp_path / "bad" / "checkpoints")
+    assert list((tmp_path / "bad").glob("non_finite_step_00000001_*.npz"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_other_precisions(tmp_path: Path, dtype: str) -> None:
+    whole = "train.steps=1", "train.deterministic=true"
+    for name in (dtype, "float32"):
+        overrides = *whole, f"model.dtype={name}"
+        assert torchfold.train.main(arguments(tmp_path, name, *overrides)) == 0
+    other, single = (rows(tmp_path, name)[0]["loss/total"] for name in (dtype, "float32"))
+    # bfloat16 has 8 bits
+    assert other == pytest.approx(single, rel=1e-5 if dtype == "float64" else 3e-2)
+    assert other != single
+
+
+def test_two_processes_make_the_update_of_one(tmp_path: Path) -> None:
+    common = "train.steps=2", "train.batch_size=2", "train.eval_chains=2"
+    assert torchfold.train.main(arguments(tmp_path, "one", *common)) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "torchfold.train", *arguments(tmp_path, "two", *common)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    for one, two in zip(rows(tmp_path, "one"), rows(tmp_path, "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+# One run in both tracks ---------------------------------------------------------------------------
+
+HALF, WHOLE = 4, 8
+
+
+class JaxRun:
+    """Steps of the JAX track by one compiled program, and checkpoints of them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.network = jaxfold.step.Network(config.model)
+        self.mesh = jaxfold.distributed.make_mesh(config.train.batch_size)
+        function = partial(jaxfold.train.train_step, self.network, config)
+        over_mesh = jaxfold.distributed.over_mesh(function, self.mesh)
+        self.program = jax.jit(over_mesh, compiler_options=FAST_COMPILE)
+
+    def steps(self, folder: Path, start: checkpoint.Checkpoint | None, until: int) -> list[float]:
+        """Train on from a checkpoint, or from the start; the losses; the last step is saved."""
+        writer = CheckpointWriter(folder / "checkpoints", keep=3)
+        run: Any = SimpleNamespace(config=self.config, network=self.network, writer=writer)
+        with open_loader(self.config, rank=0, world=1, warn=pytest.fail) as loader:
+            state = jaxfold.train.make_state(self.config, self.network)
+            if start:
+                loader.restore(start.metadata["loader"])
+                buffers = {s: start.flat(s, self.network.layout) for s in SECTIONS}
+                step = np.asarray(start.step, np.int32)
+                state = jaxfold.train.TrainState(**buffers, step=step)
+            losses = []
+            for _ in range(int(state.step), until):
+                batch = jaxfold.distributed.place(self.mesh, next(loader))
+                state, logged = self.program(state, batch)
+                losses.append(float(logged["loss/total"]))
+            jaxfold.train.save(run, state, {"loader": loader.state(), "pending": []})
+        writer.wait()
+        return losses
+
+
+def test_a_run_changes_track_in_the_middle(tmp_path: Path) -> None:
+    overrides = f"train.steps={WHOLE}", f"train.save_every={HALF}", "train.keep=9"
+    config = load(CONFIG, arguments(tmp_path, "torch", *overrides)[1:])
+    jax_run = JaxRun(config)
+    first = jax_run.steps(tmp_path / "mixed", None, HALF)
+    all_jax = first + jax_run.steps(tmp_path / "all_jax", last(tmp_path, "mixed"), WHOLE)
+
+    mixed = replace(config, train=replace(config.train, name="mixed"))
+    (tmp_path / "mixed" / "config.toml").write_text(dumps(mixed))
+    assert torchfold.train.main(arguments(tmp_path, "mixed", *overrides)) == 0
+    jax_then_torch = first + [r["loss/total"] for r in rows(tmp_path, "mixed") if "grad_norm" in r]
+
+    assert torchfold.train.main(arguments(tmp_path, "torch", *overrides)) == 0
+    all_torch = [r["loss/total"] for r in rows(tmp_path, "torch") if "grad_norm" in r]
+    half = checkpoint.read(tmp_path / "torch" / "checkpoints" / checkpoint.step_name(HALF))
+    torch_then_jax = all_torch[:HALF] + jax_run.steps(tmp_path / "back", half, WHOLE)
+
+    assert len(all_jax) == WHOLE and len(set(all_jax)) == WHOLE
+    for other in (jax_then_torch, all_torch, torch_then_jax):
+        # float32 rounding, amplified by eight steps of Adam
+        np.testing.assert_allclose(other, all_jax, rtol=1e-4)
+    one, two = last(tmp_path, "mixed"), last(tmp_path, "all_jax")
+    assert one.step == two.step == WHOLE
+    assert one.metadata["loader"] == two.metadata["loader"]
+    layout = make_layout({n: t.shape for n, t in one.tensors.items() if n.startswith("ema/")})
+    ours, theirs = (layout.flatten({n: c.tensors[n] for n in layout.names}) for c in (one, two))
+    assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(ours)
