@@ -209,6 +209,8 @@ def closing_words(folder: Path, command: str, finished: bool) -> str:
     """Where everything is, and what to do next."""
     found = list_checkpoints(folder / "checkpoints")
     reason = "finished" if finished else "stopped by a signal"
+    if not found:  # in a process that writes none, and may be ahead of the one that does
+        return reason
     more = "train more: the same with a larger train.steps" if finished else "continue"
     return (
         f"{reason} after step {found[0][0]}\n"
