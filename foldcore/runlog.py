@@ -136,6 +136,18 @@ class RunLog:
                 self._said.add(summary)
                 self.say(summary)
 
+    def keep_batch(self, loader: Loader, step: int, batch_size: int) -> Path:
+        """Rebuild the loader's batch of an earlier step from the seed, and write it as ``.npz``.
+
+        Each process writes its own examples, named by the first of them.
+        """
+        before = {"step": step - 1, "position": (step - 1) * batch_size}
+        loader.restore({**loader.state(), **before})
+        batch = next(loader)
+        name = f"non_finite_step_{step:08d}_example_{batch['example_id'][0]}.npz"
+        np.savez_compressed(self.folder / name, allow_pickle=False, **batch)
+        return self.folder / name
+
     def tick(self, step: int) -> None:
         """Move the live progress to ``step``; nothing is shown where there is no terminal."""
         if self._progress:
@@ -218,19 +230,6 @@ def closing_words(folder: Path, command: str, finished: bool) -> str:
         f"  curves: tensorboard --logdir {folder.parent}\n"
         f"  {more}: {command}"
     )
-
-
-def keep_batch(folder: Path, loader: Loader, step: int, batch_size: int) -> Path:
-    """Rebuild the loader's batch of an earlier step from the seed, and write it to an .npz file.
-
-    Each process writes its own examples, named by the first of them.
-    """
-    before = {"step": step - 1, "position": (step - 1) * batch_size}
-    loader.restore({**loader.state(), **before})
-    batch = next(loader)
-    path = folder / f"non_finite_step_{step:08d}_example_{batch['example_id'][0]}.npz"
-    np.savez_compressed(path, allow_pickle=False, **batch)
-    return path
 
 
 def first_non_finite(pending: Sequence[Mapping[str, float]]) -> tuple[int, str] | None:

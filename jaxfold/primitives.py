@@ -141,8 +141,8 @@ class DropoutKey:
     Modules pass it on with ``enter``; its numbers may be traced, the scope is fixed.
     """
 
-    seed: UInt32[Array, ""]
-    step: UInt32[Array, ""]
+    seed: UInt32[Array, ""] | int
+    step: Int[Array, ""]
     example_id: Int32[Array, " b"]
     recycling: Int[Array, ""] | int = 0
     block: Int[Array, ""] | int = 0

@@ -25,15 +25,7 @@ from foldcore.config import Config, dumps
 from foldcore.data.loader import Loader, open_loader
 from foldcore.evaluation import EvaluationSet, summarize
 from foldcore.interrupt import Interrupt
-from foldcore.runlog import (
-    NonFiniteError,
-    RunLog,
-    Window,
-    check_config,
-    closing_words,
-    due,
-    keep_batch,
-)
+from foldcore.runlog import NonFiniteError, RunLog, Window, check_config, closing_words, due
 from jaxfold import distributed
 from jaxfold.heads import compute_plddt
 from jaxfold.losses import alphafold_loss
@@ -83,9 +75,7 @@ def loss_fn(
     """Loss of a batch, and what is logged of it; dropout is drawn for this step."""
     dropout = None
     if config.train.dropout:
-        dropout = DropoutKey(
-            jnp.asarray(config.train.seed % 2**32, jnp.uint32), step, batch["example_id"]
-        )
+        dropout = DropoutKey(config.train.seed, step, batch["example_id"])
     outputs = network(params, batch, dropout)
     total, terms = alphafold_loss(outputs, batch, config.loss)
     logged = {"loss/total": total, **{f"loss/{name}": term for name, term in terms.items()}}
@@ -183,7 +173,7 @@ def train(config: Config, command: str) -> None:
         try:
             finished = run_steps(run, *resume(run))
         except NonFiniteError as error:
-            keep_batch(folder, loader, error.step, settings.batch_size)
+            log.keep_batch(loader, error.step, settings.batch_size)
             raise
         finally:
             log.data(loader)
@@ -200,10 +190,10 @@ def resume(run: Run) -> tuple[TrainState, Window]:
         return make_state(run.config, run.network), Window()
     check_config(run.log.folder, run.config)
     run.log.say(f"continuing after step {found.step} from {found.path}")
-    run.log.begin(found.step, run.config)
     run.loader.restore(found.metadata["loader"])
     buffers = {section: found.flat(section, run.network.layout) for section in SECTIONS}
     state = TrainState(**buffers, step=np.asarray(found.step, np.int32))
+    run.log.begin(found.step, run.config)
     return state, Window(found.metadata["pending"])
 
 

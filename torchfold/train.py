@@ -25,15 +25,7 @@ from foldcore.config import Config, dumps
 from foldcore.data.loader import Loader, open_loader
 from foldcore.evaluation import EvaluationSet, summarize
 from foldcore.interrupt import Interrupt
-from foldcore.runlog import (
-    NonFiniteError,
-    RunLog,
-    Window,
-    check_config,
-    closing_words,
-    due,
-    keep_batch,
-)
+from foldcore.runlog import NonFiniteError, RunLog, Window, check_config, closing_words, due
 from torchfold import distributed
 from torchfold.heads import compute_plddt
 from torchfold.losses import alphafold_loss
@@ -179,7 +171,7 @@ def train(config: Config, command: str) -> None:
         try:
             finished = run_steps(run, *resume(run))
         except NonFiniteError as error:
-            keep_batch(folder, loader, error.step, settings.batch_size)
+            log.keep_batch(loader, error.step, settings.batch_size)
             raise
         finally:
             log.data(loader)
@@ -196,10 +188,10 @@ def resume(run: Run) -> tuple[TrainState, Window]:
         return make_state(run.config, run.network), Window()
     check_config(run.log.folder, run.config)
     run.log.say(f"continuing after step {found.step} from {found.path}")
-    run.log.begin(found.step, run.config)
     run.loader.restore(found.metadata["loader"])
     buffers = {section: found.flat(section, run.network.layout) for section in SECTIONS}
     state = TrainState(**buffers, step=np.asarray(found.step, np.int32))
+    run.log.begin(found.step, run.config)
     return state, Window(found.metadata["pending"])
 
 

@@ -120,6 +120,8 @@ class _Worker:
             pass_fds=(child.fileno(),),
             env=environment,
             stdin=subprocess.DEVNULL,
+            # a signal to the parent's group must not end a worker that is still starting
+            start_new_session=True,
         )
         child.close()
 
