@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,13 +125,15 @@ class Program:
         self.folder = folder
         self._environment = {"TWINFOLD_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
 
-    def start(self, name: str, *overrides: str, devices: int = 1) -> subprocess.Popen[str]:
+    def start(
+        self, name: str, *overrides: str, devices: int = 1, **variables: str
+    ) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jaxfold.train", CONFIG]
         command += [f"train.out={self.folder}", f"train.name={name}", *overrides]
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(devices) | self._environment,
+            env=environment(devices) | self._environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -285,3 +288,27 @@ def test_the_whole_model_makes_the_same_update_on_eight_devices(program: Program
         program.rows("one_device"), program.rows("eight_devices"), strict=True
     ):
         assert row_of_eight == pytest.approx(row, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_two_devices(program: Program) -> None:
+    common = ("train.steps=4", "train.batch_size=2", "train.eval_chains=3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        program.start(
+            "two_processes",
+            *common,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    status, _, errors = program.run("two_devices", *common, devices=2)
+    assert status == 0, errors
+    assert_equal_runs(program, "two_processes", "two_devices")

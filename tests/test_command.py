@@ -1,0 +1,74 @@
+"""The command line: help, one-line errors, and the signals that end a run."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from foldcore.command import run_command
+from foldcore.config import Config
+from foldcore.errors import DataError
+from foldcore.interrupt import Interrupt
+
+
+def fail(config: Config, command: str) -> None:
+    raise DataError("a.cif", 7, "cut short")
+
+
+def test_help_names_every_key(capsys) -> None:
+    assert run_command(["--help"], "usage of it", pytest.fail) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage of it") and "[train]" in out and "eval_recycling_iters" in out
+    assert run_command([], "usage of it", pytest.fail) == 2
+
+
+def test_the_run_gets_the_configuration_and_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "a b.toml"
+    path.write_text("[train]\nsteps = 7\n")
+    seen = []
+    status = run_command([str(path), "train.seed=3"], "", lambda *given: seen.append(given))
+    ((config, command),) = seen
+    assert (status, config.train.steps, config.train.seed) == (0, 7, 3)
+    assert command == f"'{path}' train.seed=3"
+
+
+def test_what_a_user_can_mend_is_one_line(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    assert run_command([str(path)], "", fail) == 2
+    assert capsys.readouterr().err == "error: a.cif:7: cut short\n"
+    assert run_command([str(tmp_path / "absent.toml")], "", pytest.fail) == 2
+    assert "absent.toml" in capsys.readouterr().err
+
+
+def test_any_other_error_keeps_its_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+
+    def broken(config: Config, command: str) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command([str(path)], "", broken)
+    with pytest.raises(ZeroDivisionError):
+        run_command([str(path)], "", broken, (KeyError,))
+    assert run_command([str(path)], "", broken, (ZeroDivisionError,)) == 2
+
+
+def test_sigterm_asks_and_never_kills() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as stop:
+        assert not stop.requested
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_second_sigint_interrupts() -> None:
+    with Interrupt() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
