@@ -55,7 +55,7 @@ train-jax: setup  ## train CONFIG (the demo by default) in JAX; ARGS="train.step
 	@$(BIN)/python -m jaxfold.train $(CONFIG) $(ARGS)
 
 test: oracle  ## the test suite: about 8 minutes on two cores
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: oracle  ## the tests that take longer
 	@$(BIN)/python -m pytest -m slow

@@ -18,25 +18,21 @@ TERMS = (
 )
 
 
-@pytest.mark.xdist_group("oracle losses float64")
 @pytest.mark.parametrize("term", TERMS)
 def test_loss_in_float64(term: str) -> None:
     process.check(process.rows("losses", "float64", f"{term} "))
 
 
-@pytest.mark.xdist_group("oracle losses float32")
 @pytest.mark.parametrize("term", TERMS)
 def test_loss_in_float32(term: str) -> None:
     process.check(process.rows("losses", "float32", f"{term} "))
 
 
-@pytest.mark.xdist_group("oracle losses float64")
 def test_no_term_is_left_out() -> None:
     compared = {name.partition(" ")[0] for name in process.table("losses", "float64")}
     assert compared == set(TERMS)
 
 
-@pytest.mark.xdist_group("oracle losses float64")
 def test_every_term_but_the_naming_has_gradients() -> None:
     derived = {n.partition(" ")[0] for n in process.table("losses", "float64") if "gradient" in n}
     assert derived == set(TERMS) - {"alt_naming_is_better"}

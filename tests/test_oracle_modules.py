@@ -42,25 +42,21 @@ MODULES = (
 )
 
 
-@pytest.mark.xdist_group("oracle modules float64")
 @pytest.mark.parametrize("name", MODULES)
 def test_module_in_float64(name: str) -> None:
     process.check(process.rows("modules", "float64", f"{name}: "))
 
 
-@pytest.mark.xdist_group("oracle modules float32")
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "confidences"])
 def test_module_in_float32(name: str) -> None:
     process.check(process.rows("modules", "float32", f"{name}: "))
 
 
-@pytest.mark.xdist_group("oracle modules float64")
 def test_no_module_is_left_out() -> None:
     compared = {name.partition(": ")[0] for name in process.table("modules", "float64")}
     assert compared == set(MODULES)
 
 
-@pytest.mark.xdist_group("oracle labels")
 def test_labels_of_real_chains() -> None:
     process.check(process.rows("labels", "float64", ""))
 

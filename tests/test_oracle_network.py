@@ -25,14 +25,12 @@ def float32(passes: str, what: str) -> dict[str, process.Comparison]:
     return process.rows("network", "float32", f"{passes}: {what} ")
 
 
-@pytest.mark.xdist_group("oracle network float64")
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("what", ["output", "loss"])
 def test_forward_in_float64(passes: str, what: str) -> None:
     process.check(float64(passes, what))
 
 
-@pytest.mark.xdist_group("oracle network float64")
 @pytest.mark.parametrize("passes", PASSES)
 def test_gradients_in_float64(passes: str) -> None:
     found = float64(passes, "gradient")
