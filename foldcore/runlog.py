@@ -34,10 +34,11 @@ from foldcore.checkpoint import list_checkpoints
 from foldcore.config import Config, ConfigError, dumps, load
 from foldcore.data.loader import Loader
 
-# fields that may change when a run continues: none of them alters a number that was already logged
+# Fields that may change when a run continues: none of them alters a number that was already logged.
+# Data may move; the loader refuses other chains.
 FREE_FIELDS = frozenset(
-    "train.out train.steps train.log_every train.eval_every train.save_every train.keep "
-    "data.workers data.prefetch".split()
+    "train.out train.name train.steps train.log_every train.eval_every train.save_every train.keep "
+    "data.path data.distillation_path data.workers data.prefetch".split()
 )
 SHOWN = {  # of a row, on the terminal
     "loss/total": "loss {:.4g}",
@@ -205,8 +206,9 @@ class Window:
         names = self.pending[0]
         row = {k: math.fsum(m[k] for m in self.pending) / len(self.pending) for k in names}
         row["learning_rate"] = float(self.pending[-1]["learning_rate"])
-        row["examples_per_s"] = self._steps * batch_size / seconds
-        row["data_wait"] = min(self._waited / seconds, 1.0)
+        # no step was timed where only the first one, which compiles, came before
+        row["examples_per_s"] = self._steps * batch_size / seconds if self._steps else math.nan
+        row["data_wait"] = min(self._waited / seconds, 1.0) if self._steps else math.nan
         self.pending = []
         self.restart_clock()
         return row
@@ -278,7 +280,8 @@ class _Events:
 
 
 def _shown(values: Mapping[str, float]) -> str:
-    return "  ".join(form.format(values[name]) for name, form in SHOWN.items() if name in values)
+    shown = (name for name in SHOWN if math.isfinite(values.get(name, math.nan)))
+    return "  ".join(SHOWN[name].format(values[name]) for name in shown)
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """The run folder: rows survive kills and resumes, and a changed configuration is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_a_window_measures_rate_and_waiting(monkeypatch) -> None:
         window.add({"loss/total": 1.0, "learning_rate": 1.0}, 0.5)
     row = window.close(batch_size=8)
     assert row["examples_per_s"] == 4.0 and row["data_wait"] == 0.25
+
+
+def test_a_window_without_a_timed_step_has_no_rate() -> None:
+    window = Window()
+    window.add({"loss/total": 1.0, "learning_rate": 1.0}, 0.5)
+    window.restart_clock()  # as after the first step, which compiles
+    row = window.close(batch_size=8)
+    assert row["loss/total"] == 1.0
+    assert math.isnan(row["examples_per_s"]) and math.isnan(row["data_wait"])
 
 
 def test_the_first_non_finite_value_is_named_by_its_term() -> None:
