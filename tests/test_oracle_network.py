@@ -9,6 +9,7 @@ ZERO_GRADIENTS = (
     "msa_row_attention_with_pair_bias/feat_2d_norm//offset",
     "invariant_point_attention/attention_2d//bias",
 )
+# The first pass has nothing to recycle.
 ZERO_IN_FIRST_PASS = (
     "prev_pos_linear//weights",
     "prev_msa_first_row_norm//scale",

@@ -1,7 +1,7 @@
 """How two results are compared, and the table in which a process reports its comparisons."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,3 @@ def read(path: str | Path) -> dict[str, Comparison]:
     """What ``write`` wrote."""
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
     return {name: Comparison(**row) for name, row in rows.items()}
-
-
-def worst(table: Mapping[str, Comparison], key: Callable[[Comparison], float]) -> str:
-    """The name of the case with the largest ``key``."""
-    return max(table, key=lambda name: key(table[name]))

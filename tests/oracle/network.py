@@ -25,12 +25,6 @@ ZERO_GRADIENTS = (
     "evoformer/extra_msa_stack/msa_row_attention_with_pair_bias/feat_2d_norm//offset",
     "structure_module/fold_iteration/invariant_point_attention/attention_2d//bias",
 )
-# The first pass has nothing to recycle.
-ZERO_IN_FIRST_PASS = (
-    "evoformer/prev_pos_linear//weights",
-    "evoformer/prev_msa_first_row_norm//scale",
-    "evoformer/prev_pair_norm//scale",
-)
 _PAE = "predicted_aligned_error_head/logits//"
 
 Arrays = dict[str, np.ndarray]

@@ -18,7 +18,6 @@ from alphafold.common import confidence  # noqa: E402, F401
 from alphafold.model import (  # noqa: E402, F401
     all_atom,
     folding,
-    layer_stack,
     modules,
     quat_affine,
     r3,
