@@ -5,7 +5,7 @@ from types import FrameType, TracebackType
 
 
 class Interrupt:
-    """Within this context SIGTERM and SIGINT set ``requested``; a second SIGINT acts as usual.
+    """Within this context SIGTERM and SIGINT set ``requested``; a second SIGINT interrupts.
 
     SIGTERM may be sent several times (a scheduler signals a job and its steps) and never kills.
     """
@@ -33,4 +33,5 @@ class Interrupt:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            signal.signal(number, self._before[number])
+            # not the handler before: a shell starts background jobs with SIGINT ignored
+            signal.signal(number, signal.default_int_handler)
