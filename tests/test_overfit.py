@@ -1,9 +1,11 @@
 """The network learns: a reduced one fits the first 48 residues of ubiquitin from its raw files."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
 import numpy as np
+import pytest
 
 from foldcore.config import (
     Config,
@@ -63,6 +65,15 @@ CONFIG = Config(
     ),
     train=TrainConfig(batch_size=1, dropout=False),
 )
+
+
+@pytest.fixture(autouse=True)
+def _single_precision() -> Iterator[None]:
+    """A float32 run, whatever precision another test has left JAX in."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", before)
 
 
 def one_example() -> dict[str, np.ndarray]:
