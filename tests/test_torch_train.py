@@ -204,8 +204,11 @@ class JaxRun:
                 buffers = {s: start.flat(s, self.network.layout) for s in SECTIONS}
                 step = np.asarray(start.step, np.int32)
                 state = jaxfold.train.TrainState(**buffers, step=step)
+            todo = range(int(state.step), until)
+            # placed at once: the program would be compiled again for an array placed otherwise
+            state = jaxfold.distributed.replicate(self.mesh, state)
             losses = []
-            for _ in range(int(state.step), until):
+            for _ in todo:
                 batch = jaxfold.distributed.place(self.mesh, next(loader))
                 state, logged = self.program(state, batch)
                 losses.append(float(logged["loss/total"]))

@@ -25,7 +25,6 @@ def one_hot(
     return (index[..., None] == classes).to(dtype)
 
 
-@torch.compiler.assume_constant_result
 def table(name: str, dtype: torch.dtype, device: torch.device, *arguments: float) -> Tensor:
     """An array of ``foldcore.constants``, or the result of a function there, on a device."""
     key = (name, dtype, device, *arguments)
