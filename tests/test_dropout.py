@@ -106,3 +106,11 @@ def test_impossible_rates_are_refused(rate: float) -> None:
 def test_dtype_is_kept() -> None:
     for dtype in (jnp.bfloat16, jnp.float32):
         assert dropout(jnp.ones((3, 2), dtype), 0.5, key(), "x").dtype == dtype
+
+
+def test_bfloat16_is_scaled_by_the_exact_factor() -> None:
+    update = jnp.ones((1, 400), jnp.bfloat16)
+    kept = dropout(update, 0.15, DropoutKey(1, 2, jnp.array([3])), "m")
+    exact = jnp.bfloat16(1 / 0.85)
+    assert exact != jnp.bfloat16(1) / jnp.bfloat16(0.85)  # a rounded divisor would show
+    assert set(np.asarray(kept, np.float32).ravel()) == {0.0, float(exact)}
