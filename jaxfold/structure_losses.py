@@ -20,7 +20,10 @@ LENGTH_SCALE = 10.0  # FAPE counts in units of 1 nm
 CLAMP = 10.0
 
 # Atoms whose names a symmetry exchanges sit in a few of the 14 slots; only these need distances.
-_AMBIGUOUS_SLOTS = np.flatnonzero(constants.restype_atom14_is_ambiguous.any(axis=0))
+# int32 means the same in and out of JAX's 64-bit mode, which tests switch within a process.
+_AMBIGUOUS_SLOTS = np.flatnonzero(constants.restype_atom14_is_ambiguous.any(axis=0)).astype(
+    np.int32
+)
 
 
 def masked_mean(
