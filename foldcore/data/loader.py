@@ -14,7 +14,7 @@ from typing import Any
 
 from foldcore.config import Config, ConfigError, DataConfig
 from foldcore.data.dataset import Dataset, split
-from foldcore.data.prepare import MAX_ATTEMPTS, Prepared, Preparer
+from foldcore.data.examples import MAX_ATTEMPTS, Prepared, Preparer
 from foldcore.data.sampler import Plan, recycling_iters
 from foldcore.data.transforms import collate
 from foldcore.data.worker import WorkerPool

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from multiprocessing.connection import Connection, Pipe, wait
 
-from foldcore.data.prepare import Prepared, Preparer
+from foldcore.data.examples import Prepared, Preparer
 
 Task = tuple[int, int]  # position, num_iter_recycling
 TASKS_AHEAD = 2  # given to a worker at a time: one in work, one waiting
