@@ -1,0 +1,1 @@
+"""Triton kernels, written once and launched by both tracks; nothing here knows their frameworks."""

@@ -1,0 +1,45 @@
+"""What a track needs to know to launch a kernel: plain numbers, no arrays of any framework.
+
+A kernel takes, in this order, pointers to its inputs, ``scalars``, pointers to its outputs, and
+compile-time ``constants``. All arrays are contiguous and row-major; outputs are fresh buffers that
+the kernel writes completely. Sizes that addresses depend on belong into the constants: only then
+do both tracks' compilers know what they are multiples of, and load 16 bytes at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Sizes of a launch by architecture: compute capability as an integer, 90 for H100 and H200.
+INTERPRETER = 0  # "architecture" of tensors on the host
+
+
+@dataclass(frozen=True)
+class Output:
+    """An array that a kernel writes; ``dtype`` is its name, such as "bfloat16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    kernel: Any  # what triton.jit returns
+    grid: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    constants: Mapping[str, Any]
+    scalars: tuple[int | float, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient rounded up."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,42 @@
+"""How PyTorch launches a Triton kernel."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from foldcore.kernels.launch import INTERPRETER, Launch
+
+
+def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Run a kernel on the device of its inputs; the outputs are new tensors."""
+    device = inputs[0].device
+    outputs = tuple(
+        torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
+        for output in launch.outputs
+    )
+    launch.kernel[launch.grid](
+        *(x.contiguous() for x in inputs),
+        *launch.scalars,
+        *outputs,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return outputs
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as foldcore's tables of launch sizes are keyed, 90 for an H100."""
+    return _capability(device.index or 0) if device.type == "cuda" else INTERPRETER
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def dtype_name(x: Tensor) -> str:
+    """The dtype as foldcore names it: "bfloat16", "float32"."""
+    return str(x.dtype).removeprefix("torch.")
