@@ -15,6 +15,11 @@ os.environ.setdefault(
 )
 
 
+# Without a GPU Triton's kernels run in its interpreter; read when a kernel is defined.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the contributors' data sets (mini, formats); skips where it is absent."""

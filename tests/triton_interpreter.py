@@ -1,0 +1,33 @@
+"""Triton's interpreter, with bfloat16 as a GPU computes with it.
+
+It keeps bfloat16 values as 16-bit integers, whose products Triton 3.6 takes as integers, and drops
+the lower half of a float32 where a GPU rounds. Import this before launching a kernel in a test.
+"""
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+_convert_float = interpreter._convert_float
+
+
+def _widened(x):
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle(x.data.view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
+
+
+def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+
+def convert_float(data, input_dtype, output_dtype, rounding_mode):
+    if output_dtype == tl.bfloat16 and input_dtype == tl.float32:
+        return data.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+    return _convert_float(data, input_dtype, output_dtype, rounding_mode)
+
+
+interpreter.InterpreterBuilder.create_dot = create_dot
+interpreter._convert_float = convert_float
