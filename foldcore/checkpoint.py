@@ -175,10 +175,18 @@ def restore(folder: str | Path, warn: Callable[[str], None]) -> Checkpoint | Non
 
 
 def read_params(path: str, layout: Layout) -> Float32[np.ndarray, " n"]:
-    """Parameters to start from: DeepMind's ``.npz``, or the averaged ones of a checkpoint."""
+    """Parameters to start from: DeepMind's ``.npz``, or the averaged ones of a checkpoint.
+
+    Of a run folder its newest checkpoint is meant.
+    """
     if path.endswith(".npz"):
         return layout.flatten(read_npz(path), path)
-    return read(path).flat("ema", layout)
+    if path.endswith((".pt", ".ckpt", ".safetensors")):
+        raise CheckpointError(
+            f"{path}: first convert it: python -m parity.params convert {path} params.npz"
+        )
+    newest = list_checkpoints(Path(path, "checkpoints"))
+    return read(newest[0][1] if newest else path).flat("ema", layout)
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:

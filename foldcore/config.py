@@ -183,7 +183,7 @@ class TrainConfig:
     keep: int = 3  # newest checkpoints kept
     deterministic: bool = False
     initial_params: str = (
-        ""  # a DeepMind params_model_*.npz or one of our checkpoints to start from
+        ""  # to start from: a DeepMind params_model_*.npz, a run or one of its checkpoints
     )
 
     def __post_init__(self) -> None:

@@ -4,16 +4,22 @@ A parameter is called ``scope//leaf`` everywhere in twinfold; DeepMind's files p
 the scope. Our modules have the names of DeepMind's scopes, except for those in the table below.
 """
 
+import math
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 PREFIX = "alphafold/alphafold_iteration/"
 
 _TEMPLATE_STACK = "template_embedding/single_template_embedding/template_pair_stack"
+# scopes whose arrays begin with an axis of layers
+EVOFORMER_STACK = "evoformer/evoformer_iteration"
+EXTRA_MSA_STACK = "evoformer/extra_msa_stack"
+TEMPLATE_STACK = f"evoformer/{_TEMPLATE_STACK}/__layer_stack_no_state"
 # module path -> scope, where they differ; the longest path that fits counts
 _SCOPES = {
     "input_embedder": "evoformer",
@@ -21,14 +27,20 @@ _SCOPES = {
     "template_angle_embedder": "evoformer",
     "extra_msa_embedder": "evoformer",
     "template_embedding": "evoformer/template_embedding",
-    f"{_TEMPLATE_STACK}/blocks": f"evoformer/{_TEMPLATE_STACK}/__layer_stack_no_state",
-    "extra_msa_stack/blocks": "evoformer/extra_msa_stack",
-    "evoformer/blocks": "evoformer/evoformer_iteration",
+    f"{_TEMPLATE_STACK}/blocks": TEMPLATE_STACK,
+    "extra_msa_stack/blocks": EXTRA_MSA_STACK,
+    "evoformer/blocks": EVOFORMER_STACK,
+}
+
+MAX_BYTES = 2**32  # of one array; the largest published one has 5e7
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
 }
 
 
 class ParameterFileError(ValueError):
-    """A file that does not hold DeepMind's parameters; the message names the array."""
+    """A file that does not hold usable parameters; the message names the file and the array."""
 
 
 class Variant(NamedTuple):
@@ -51,25 +63,24 @@ def canonical_name(path: Sequence[str]) -> str:
 
 
 def detect_variant(names: Iterable[str]) -> Variant:
-    """Which heads and embedders these parameters are for."""
+    """Which heads and embedders these parameters are for: those of which any array is there."""
     scopes = {name.partition("//")[0] for name in names}
     return Variant(
-        templates="evoformer/template_projection" in scopes,
-        pae="predicted_aligned_error_head/logits" in scopes,
+        templates=any(scope.startswith("evoformer/template_") for scope in scopes),
+        pae=any(scope.startswith("predicted_aligned_error_head") for scope in scopes),
     )
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Parameters of a DeepMind file by name, as stored; nothing in the file is executed."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {_strip(path, key): _checked(path, key, file[key]) for key in file.files}
-    except (OSError, BadZipFile, EOFError) as error:
-        raise ParameterFileError(f"{path}: cannot read this file: {error}") from None
-    except ValueError as error:
-        if isinstance(error, ParameterFileError):
-            raise
-        raise ParameterFileError(f"{path}: not a file of plain arrays: {error}") from None
+        with zipfile.ZipFile(path) as archive:
+            return {_strip(path, i): _read_array(path, archive, i) for i in archive.infolist()}
+    except ParameterFileError:
+        raise
+    # RuntimeError: encrypted, NotImplementedError: an unknown compression
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+        raise ParameterFileError(f"{path}: cannot be read as .npz: {error}") from None
 
 
 def write_npz(path: str | Path, params: Mapping[str, np.ndarray]) -> None:
@@ -79,15 +90,42 @@ def write_npz(path: str | Path, params: Mapping[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _strip(path: str | Path, key: str) -> str:
+def _strip(path: str | Path, info: zipfile.ZipInfo) -> str:
+    key = _key(info)
     if not key.startswith(PREFIX) or "//" not in key:
         raise ParameterFileError(f"{path}: array {key!r} is not named {PREFIX}scope//leaf")
     return key.removeprefix(PREFIX)
 
 
-def _checked(path: str | Path, key: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind != "f":
-        raise ParameterFileError(f"{path}: array {key!r} has dtype {array.dtype}, not a float")
-    if not np.isfinite(array).all():
-        raise ParameterFileError(f"{path}: array {key!r} contains non-finite values")
+def _key(info: zipfile.ZipInfo) -> str:
+    return info.filename.removesuffix(".npy")
+
+
+def _read_array(path: str | Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """One member, whose header must agree with its size before memory is taken for it."""
+    key = _key(info)
+    with archive.open(info) as stream:
+        try:
+            header = _HEADERS[np.lib.format.read_magic(stream)]
+            shape, fortran_order, dtype = header(stream)
+        except (ValueError, KeyError) as error:
+            raise ParameterFileError(
+                f"{path}: array {key!r} has no usable header: {error}"
+            ) from None
+        if dtype.kind != "f":
+            raise ParameterFileError(f"{path}: array {key!r} has dtype {dtype}, not a float")
+        size, found = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
+        if size != found or size > MAX_BYTES:
+            raise ParameterFileError(
+                f"{path}: array {key!r} of shape {shape} needs {size} bytes, but has {found}"
+            )
+        flat = np.frombuffer(bytearray(stream.read(size)), dtype)
+    array = flat.reshape(shape, order="F" if fortran_order else "C")
+    check_finite(path, key, array)
     return array
+
+
+def check_finite(path: str | Path, name: str, array: np.ndarray) -> None:
+    """Refuse an array with an infinity or a NaN."""
+    if not np.isfinite(array).all():
+        raise ParameterFileError(f"{path}: array {name!r} contains non-finite values")
