@@ -111,7 +111,7 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
         ({"a//b": np.zeros(2)}, "'a//b' is not named"),
         ({PREFIX + "a//b": np.zeros(2, np.int32)}, "a//b' has dtype int32"),
         ({PREFIX + "a//b": np.full(2, np.nan)}, "a//b' contains non-finite"),
-        ({PREFIX + "a//b": np.array([{}], object)}, "not a file of plain arrays"),
+        ({PREFIX + "a//b": np.array([{}], object)}, "a//b' has dtype object"),
     ):
         np.savez(path, **arrays)  # type: ignore[arg-type]
         with pytest.raises(ParameterFileError, match=message):
