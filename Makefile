@@ -2,6 +2,7 @@
 
 CONFIG ?= configs/demo.toml
 ARGS ?=
+NPROC ?= 1
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
   # an NVIDIA GPU: Python >= 3.12; CUDA=12 takes the CUDA 12 builds of JAX
@@ -24,7 +25,7 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup train-jax test test-slow test-gpu lint format oracle clean
+.PHONY: help setup train-jax train-torch test test-slow test-gpu lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -53,6 +54,10 @@ oracle: $(VENV)/.oracle  ## install DeepMind's published code, which the tests c
 
 train-jax: setup  ## train CONFIG (the demo by default) in JAX; ARGS="train.steps=10"
 	@$(BIN)/python -m jaxfold.train $(CONFIG) $(ARGS)
+
+train-torch: setup  ## the same in PyTorch; NPROC=2 starts two processes, one for each GPU
+	@$(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node=$(NPROC)) \
+	  -m torchfold.train $(CONFIG) $(ARGS)
 
 test: oracle  ## the test suite: about 8 minutes on two cores
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from foldcore import dropout as definition
 from torchfold import ops
+from torchfold._masks import MaskPlan, Masks, Rehearsal, Request, kept
+from torchfold._masks import threefry as _threefry
 
 Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
@@ -141,34 +143,46 @@ class Transition(nn.Module):
 
 # Dropout ------------------------------------------------------------------------------------------
 
+Word = Int[Tensor, ""] | int  # known on the device, or on the host
+
 
 @dataclass(frozen=True)
 class DropoutKey:
     """Names the random masks of a step: ``foldcore/dropout.py`` says how.
 
     Modules pass it on with ``enter``. Tensors live on the device of the model, so that a captured
-    step draws new masks as they change.
+    step draws new masks as they change. With a plan, a recycling pass draws its masks together.
     """
 
-    seed: Int[Tensor, ""] | int
-    step: Int[Tensor, ""] | int
+    seed: Word
+    step: Word
     example_id: Int32[Tensor, " b"]
-    recycling: Int[Tensor, ""] | int = 0
-    block: Int[Tensor, ""] | int = 0
+    recycling: Word = 0
+    block: Word = 0
     scope: str = ""
+    _repeat: int = 1
+    _plan: MaskPlan | None = None
+    _masks: Masks | Rehearsal | None = None
 
-    def enter(self, scope: str, block: Int[Tensor, ""] | int | None = None) -> "DropoutKey":
+    def enter(self, scope: str, block: Word | None = None) -> "DropoutKey":
         """The key of a part of the model; ``block`` is its position where it is one of a stack."""
         path = f"{self.scope}/{scope}" if self.scope else scope
-        return dataclasses.replace(self, scope=path, block=self.block if block is None else block)
+        if block is None:
+            return dataclasses.replace(self, scope=path)
+        masks = self._masks and self._masks.of((path, int(block)))
+        return dataclasses.replace(self, scope=path, block=block, _masks=masks)
 
-    def at_pass(self, recycling: Int[Tensor, ""] | int) -> "DropoutKey":
+    def at_pass(self, recycling: Word) -> "DropoutKey":
         """The key of one recycling pass."""
-        return dataclasses.replace(self, recycling=recycling)
+        masks: Masks | Rehearsal | None = self._masks
+        if self._plan:
+            masks = self._plan.draw(self.seed, self.step, self.example_id, recycling)
+        return dataclasses.replace(self, recycling=recycling, _masks=masks)
 
     def repeat(self, count: int) -> "DropoutKey":
         """The key for a batch in which every example stands ``count`` times in a row."""
-        return dataclasses.replace(self, example_id=self.example_id.repeat_interleave(count))
+        ids = self.example_id.repeat_interleave(count)
+        return dataclasses.replace(self, example_id=ids, _repeat=self._repeat * count)
 
 
 def dropout(
@@ -193,49 +207,17 @@ def dropout(
 
 def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Tensor:
     """Which elements of a mask of ``shape`` (batch axis first) are kept."""
+    path = f"{key.scope}/{name}"
+    if key._masks is not None:
+        return key._masks.get(Request(path, int(key.block), shape[1:], rate, key._repeat))
     device = key.example_id.device
-    path = _path_hash(f"{key.scope}/{name}")
-    stream, _ = _threefry((path, key.example_id), (key.block, key.recycling), device)
+    words = (_path_hash(path), key.example_id), (key.block, key.recycling)
+    stream, _ = _threefry(*words, device)
     element = torch.arange(math.prod(shape[1:]), dtype=torch.int32, device=device)
     bits, _ = _threefry((key.seed, key.step), (stream[:, None], element[None]), device)
-    # words are signed here: with the top bit turned, their order is that of unsigned ones
-    keep = (bits ^ _SIGN) < definition.threshold(rate) + _SIGN
-    return keep.reshape(shape)
+    return kept(bits, rate).reshape(shape)
 
 
 @torch.compiler.assume_constant_result
 def _path_hash(path: str) -> int:
     return definition.path_hash(path)
-
-
-Word = Tensor | int
-_SIGN = -(2**31)
-
-
-def _threefry(
-    key: tuple[Word, Word], counter: tuple[Word, Word], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32 with 20 rounds in int32, elementwise over broadcast tensors.
-
-    PyTorch lacks arithmetic on unsigned words; sums and products of signed ones have the same bits.
-    """
-    k0, k1, x0, x1 = (_word(w, device) for w in (*key, *counter))
-    keys = (k0, k1, k0 ^ k1 ^ definition.PARITY)
-    x0, x1 = x0 + keys[0], x1 + keys[1]
-    for group in range(definition.GROUPS):
-        for rotation in definition.ROTATIONS[group % 2]:
-            x0 = x0 + x1
-            # the shift to the right copies the sign, which the mask removes
-            low = (x1 >> (32 - rotation)) & (2**rotation - 1)
-            x1 = x0 ^ ((x1 << rotation) | low)
-        x0 = x0 + keys[(group + 1) % 3]
-        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
-    return x0, x1
-
-
-def _word(value: Word, device: torch.device) -> Int32[Tensor, "..."]:
-    """A 32-bit word; negative numbers keep their bits."""
-    if isinstance(value, int):
-        signed = (value + 2**31) % 2**32 - 2**31
-        return torch.full((), signed, dtype=torch.int32, device=device)
-    return value.to(torch.int32)

@@ -10,6 +10,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +26,7 @@ from foldcore.config import Config, ModelConfig
 from foldcore.layout import make_layout
 from torchfold import ops
 from torchfold._arrays import map_tree
+from torchfold._masks import MaskPlan, Rehearsal
 from torchfold.distributed import over_mesh, place
 from torchfold.model import AlphaFold
 from torchfold.params import _name, _paths, initial_parameters, parameters
@@ -43,6 +45,10 @@ def configure(config: Config) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # one core for everything else: the threads spin while they wait for each other, thousands
+        # of times a step, and a step takes 20 times longer once one of them has lost its core
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     ops.use(config.model.implementation)
 
 
@@ -56,13 +62,31 @@ class Network:
         self._dtype = getattr(torch, config.dtype)
         self._sizes = [p.numel() for p in parameters(self._model).values()]
         self._names = {path: _name(path) for path in _paths(self._model)}
+        self._plans: dict[Any, MaskPlan] = {}  # of dropout, by the shapes of the features
 
     def __call__(
         self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], dropout: DropoutKey | None
     ) -> dict[str, Tensor]:
         """The model's outputs for parameters by name."""
         by_path = {path: params[name] for path, name in self._names.items()}
+        if dropout is not None:
+            dropout = replace(dropout, _plan=self._plan(by_path, batch, dropout))
         return functional_call(self._model, by_path, (batch, dropout))
+
+    def _plan(
+        self, by_path: dict[str, Tensor], batch: Mapping[str, Tensor], dropout: DropoutKey
+    ) -> MaskPlan:
+        """Which masks the model draws for features of such shapes, known from a rehearsal."""
+        shapes = tuple((name, tuple(x.shape[1:])) for name, x in batch.items())
+        if shapes not in self._plans:
+            plan = MaskPlan()
+            key = replace(dropout, _masks=Rehearsal(plan, dropout.example_id.device))
+            count = batch["aatype"].shape[0]
+            once = {**batch, "num_iter_recycling": torch.zeros(count, dtype=torch.int32)}
+            with torch.no_grad():
+                functional_call(self._model, by_path, (once, key))
+            self._plans[shapes] = plan
+        return self._plans[shapes]
 
     def initialize(self, seed: int) -> Float32[np.ndarray, " n"]:
         """The initial values of all parameters, on the host."""

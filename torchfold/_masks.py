@@ -1,0 +1,163 @@
+"""The generator of dropout masks, and all masks of a recycling pass from one call of it.
+
+Drawn one by one, the masks of a pass are tens of thousands of tiny operations. Which masks a model
+asks for depends on the shapes alone, so a rehearsal notes them (``MaskPlan``) and every pass draws
+them together. Their bits are those of ``foldcore/dropout.py`` either way.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int32
+from torch import Tensor
+
+from foldcore import dropout as definition
+
+Word = Tensor | int
+Owner = tuple[str, int]  # scope and position of the block in a stack that asks
+_SIGN = -(2**31)
+
+
+def threefry(
+    key: tuple[Word, Word], counter: tuple[Word, Word], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32 with 20 rounds in int32, elementwise over broadcast tensors.
+
+    PyTorch lacks arithmetic on unsigned words; sums and products of signed ones have the same bits.
+    """
+    k0, k1, x0, x1 = (_word(w, device) for w in (*key, *counter))
+    keys = (k0, k1, k0 ^ k1 ^ definition.PARITY)
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for group in range(definition.GROUPS):
+        for rotation in definition.ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            # the shift to the right copies the sign, which the mask removes
+            low = (x1 >> (32 - rotation)) & (2**rotation - 1)
+            x1 = x0 ^ ((x1 << rotation) | low)
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+def kept(bits: Int32[Tensor, "..."], rate: float) -> Bool[Tensor, "..."]:
+    """Which elements are kept; ``bits`` are words of the generator."""
+    # words are signed here: with the top bit turned, their order is that of unsigned ones
+    return (bits ^ _SIGN) < definition.threshold(rate) + _SIGN
+
+
+def _word(value: Word, device: torch.device) -> Int32[Tensor, "..."]:
+    """A 32-bit word; negative numbers keep their bits."""
+    if isinstance(value, int):
+        return torch.full((), signed(value), dtype=torch.int32, device=device)
+    return value.to(torch.int32)
+
+
+def signed(value: int) -> int:
+    """The signed number with the same 32 bits."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+class Request(NamedTuple):
+    """One mask: ``shape`` is that of one example, which stands ``repeat`` times in the batch."""
+
+    path: str
+    block: int
+    shape: tuple[int, ...]
+    rate: float
+    repeat: int
+
+
+class Masks:
+    """The masks of a pass, by who asks for them."""
+
+    def __init__(self, by_owner: dict[Owner, dict[str, Tensor]], owner: Owner) -> None:
+        self._by_owner = by_owner
+        self._own = by_owner.get(owner, {})
+
+    def of(self, owner: Owner) -> "Masks":
+        """Those of one block, and no others: a compiled block sees the same names every time."""
+        return Masks({owner: self._by_owner.get(owner, {})}, owner)
+
+    def get(self, request: Request) -> Tensor:
+        """The mask for this request, batch axis first."""
+        return self._own[request.path]
+
+
+class MaskPlan:
+    """Notes the masks that a model asks for; then draws them all at once."""
+
+    def __init__(self) -> None:
+        self._requests: dict[float, list[tuple[Owner, Request]]] = {}  # by rate
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def note(self, owner: Owner, request: Request) -> None:
+        """Take one more mask into the plan."""
+        self._requests.setdefault(request.rate, []).append((owner, request))
+
+    def draw(
+        self, seed: Word, step: Word, example_id: Int32[Tensor, " b"], recycling: Word
+    ) -> Masks:
+        """Every mask of a recycling pass."""
+        device = example_id.device
+        paths, blocks = self._paths_and_blocks(device)
+        streams, _ = threefry((paths, example_id), (blocks, recycling), device)
+        bits = _bits(streams, self._sizes(), seed, step)
+        rates = list(self._requests)
+        by_rate = bits.split([sum(self._sizes(rate)) for rate in rates], dim=1)
+        drawn: dict[Owner, dict[str, Tensor]] = {}
+        for rate, words in zip(rates, by_rate, strict=True):
+            parts = kept(words, rate).split(self._sizes(rate), dim=1)
+            for (owner, request), part in zip(self._requests[rate], parts, strict=True):
+                mask = part.reshape(-1, *request.shape)
+                if request.repeat > 1:
+                    mask = mask.repeat_interleave(request.repeat, dim=0)
+                drawn.setdefault(owner, {})[request.path] = mask
+        return Masks(drawn, ("", 0))
+
+    def _all(self, rate: float | None = None) -> list[Request]:
+        rates = self._requests if rate is None else [rate]
+        return [request for r in rates for _, request in self._requests[r]]
+
+    def _sizes(self, rate: float | None = None) -> list[int]:
+        return [math.prod(request.shape) for request in self._all(rate)]
+
+    def _paths_and_blocks(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Hashes of the paths and numbers of the blocks, [requests, 1]."""
+        if device not in self._constants:
+            hashes = [signed(definition.path_hash(request.path)) for request in self._all()]
+            words = ([[h] for h in hashes], [[request.block] for request in self._all()])
+            paths, blocks = (torch.tensor(w, dtype=torch.int32, device=device) for w in words)
+            self._constants[device] = paths, blocks
+        return self._constants[device]
+
+
+def _draw_bits(
+    streams: Int32[Tensor, "n b"], sizes: list[int], seed: Word, step: Word
+) -> Int32[Tensor, "b total"]:
+    """The words of ``n`` masks of these sizes, one mask after another."""
+    device, batch = streams.device, streams.shape[1]
+    element = torch.arange(max(sizes), dtype=torch.int32, device=device)
+    elements = torch.cat([element[:size] for size in sizes])
+    by_mask = [s[:, None].expand(batch, size) for s, size in zip(streams, sizes, strict=True)]
+    return threefry((seed, step), (torch.cat(by_mask, dim=1), elements), device)[0]
+
+
+_bits: Callable[..., Tensor] = _draw_bits
+
+
+class Rehearsal:
+    """Stands where ``Masks`` do and only notes what is asked for; everything is kept."""
+
+    def __init__(self, plan: MaskPlan, device: torch.device, owner: Owner = ("", 0)) -> None:
+        self._plan, self._device, self._owner = plan, device, owner
+
+    def of(self, owner: Owner) -> "Rehearsal":
+        """The same for one block."""
+        return Rehearsal(self._plan, self._device, owner)
+
+    def get(self, request: Request) -> Tensor:
+        """A mask that keeps everything."""
+        self._plan.note(self._owner, request)
+        return torch.ones((1, *request.shape), dtype=torch.bool, device=self._device)
