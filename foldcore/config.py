@@ -95,6 +95,9 @@ class DataConfig:
     block_deletion_count: int = 5
     max_msa_rows: int = 16384  # rows read per alignment file; more are counted in the report
     distillation_msa_rows: int = 1000
+    # of the B-factor column, 0..100: atoms of residues at or below it are masked in the second
+    # source, as OpenFold does (the paper: KL-divergence confidence below 0.5); -1 masks none
+    distillation_min_plddt: float = 50.0
     unclamped_fraction: float = 0.1  # share of examples with unclamped backbone FAPE
     max_resolution: float = 9.0  # angstrom
     max_single_residue_fraction: float = 0.8
@@ -114,6 +117,7 @@ class DataConfig:
             "max_single_residue_fraction",
         ):
             _check_range(self, name, 0.0, 1.0)
+        _check_range(self, "distillation_min_plddt", -1.0, 100.0)
         _check_range(self, "crop_size", 4, 100_000)
         _check_range(self, "num_msa_clusters", 1, 100_000)
         for name in ("num_extra_msa", "num_templates", "workers"):
@@ -182,6 +186,8 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3  # newest checkpoints kept
     deterministic: bool = False
+    cuda_graphs: bool = True  # PyTorch on a GPU: capture the whole step in CUDA graphs
+    compile: Literal["none", "blocks"] = "blocks"  # PyTorch on a GPU: what torch.compile sees
     initial_params: str = (
         ""  # to start from: a DeepMind params_model_*.npz, a run or one of its checkpoints
     )

@@ -29,5 +29,6 @@ def valid_or_error(data: bytes, name: str) -> None:
         length = len(chain.sequence)
         assert chain.positions.shape == (length, 37, 3)
         assert chain.mask.shape == (length, 37)
+        assert chain.b_factors.shape == (length,) and (chain.b_factors >= 0).all()
         assert np.isfinite(chain.positions).all()
         assert (np.diff(chain.residue_index) > 0).all()

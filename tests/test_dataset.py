@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import gemmi
@@ -161,18 +162,58 @@ def test_a_divided_archive_and_upper_case_names(tmp_path: Path) -> None:
     assert Dataset(str(tmp_path), CONFIG).chains == ("5pti_A",)
 
 
-def test_predicted_structures_are_files_of_one_chain(tmp_path: Path) -> None:
+def predicted(root: Path, suffix: str, plddt: Sequence[float], zipped: bool = False) -> Path:
+    """A data set of one predicted structure: 5PTI, with each residue's pLDDT in the B-factors."""
     structure = gemmi.make_structure_from_block(
         gemmi.cif.read_string(content("mmcif/5pti.cif")).sole_block()
     )
     structure.setup_entities()
-    write(tmp_path / "pdb" / "P00974.pdb", structure.make_pdb_string())
-    write(tmp_path / "alignments" / "P00974" / "uniclust30.a3m", msa("5pti_A"))
-    dataset = Dataset(str(tmp_path), DataConfig(), distillation=True)
+    residues = structure[0][0].get_polymer()
+    for residue, value in zip(residues, plddt, strict=True):
+        for atom in residue:
+            atom.b_iso = value
+    text = structure.make_pdb_string()
+    if suffix == "cif":
+        text = structure.make_mmcif_document().as_string()
+    write(root / "pdb" / f"P00974.{suffix}", text, zipped)
+    write(root / "alignments" / "P00974" / "uniclust30.a3m", msa("5pti_A"))
+    return root
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("suffix", ["pdb", "cif"])
+def test_only_confident_residues_of_predicted_structures_have_atoms(
+    tmp_path: Path, suffix: str, zipped: bool
+) -> None:
+    plddt = np.full(58, 90.0)
+    plddt[[0, 7, 57]] = 50.0, 49.99, 50.01  # not confident, not confident, confident
+    root = str(predicted(tmp_path, suffix, plddt, zipped))
+    dataset = Dataset(root, DataConfig(), distillation=True)
     assert dataset.chains == ("P00974",)
-    raw = dataset.raw("P00974")
+    raw, experiment = dataset.raw("P00974"), Dataset("embedded", CONFIG).raw("5pti_A")
     assert raw.is_distillation
-    assert (raw.positions == Dataset("embedded", CONFIG).raw("5pti_A").positions).mean() > 0.99
+    confident = plddt > 50
+    assert (raw.mask[confident] == experiment.mask[confident]).mean() > 0.99
+    np.testing.assert_allclose(raw.positions[confident], experiment.positions[confident], atol=2e-3)
+    assert not raw.mask[~confident].any() and not raw.positions[~confident].any()
+    assert len(raw.aatype) == 58  # the residues stay
+
+    whole = dataset.structure("p00974").chain("A")  # remembered as the file has it
+    assert whole.mask[0].any() and whole.b_factors[0] == 50
+    for setting, distillation in ((-1.0, True), (90.0, False)):
+        config = DataConfig(accept_unknown=True, distillation_min_plddt=setting)
+        other = Dataset(root, config, distillation).raw("P00974")
+        assert (other.mask == whole.mask).all() and (other.positions == whole.positions).all()
+    stricter = Dataset(root, DataConfig(distillation_min_plddt=49.99), distillation=True)
+    assert np.flatnonzero(~stricter.raw("P00974").mask.any(axis=1)).tolist() == [7]
+
+
+def test_a_predicted_structure_without_confidence_is_refused(tmp_path: Path) -> None:
+    """Such as one whose pLDDT runs from 0 to 1."""
+    root = str(predicted(tmp_path, "pdb", np.full(58, 0.93)))
+    dataset = Dataset(root, DataConfig(), distillation=True)
+    with pytest.raises(DataError, match=r"P00974\.pdb: .*above 50: the highest is 0\.93"):
+        dataset.raw("P00974")
 
 
 def test_filters_by_length_and_composition(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ def test_a_batch_must_divide_over_the_ranks() -> None:
 
 
 def test_two_sources_are_mixed_by_their_share() -> None:
-    settings = config(distillation_path="embedded", distillation_probability=0.25)
+    settings = config(
+        distillation_path="embedded", distillation_probability=0.25, distillation_min_plddt=-1.0
+    )
     loader = open_loader(settings)
     taken = take(loader, 32)
     sources = np.array([loader.plan[p].source for p in range(64)])

@@ -179,6 +179,28 @@ def test_sequence_and_atoms() -> None:
     assert not chain.positions[chain.mask == 0].any()
 
 
+def _with_b_factors(values: dict[str, str]) -> str:
+    """The entry with a B-factor column: 10.00 but for the atoms with these x."""
+    head, _, tail = _cif().partition("_atom_site.auth_seq_id")
+    lines = (head + "_atom_site.B_iso_or_equiv\n_atom_site.auth_seq_id" + tail).split("\n")
+    for number, line in enumerate(lines):
+        if line.startswith(("ATOM ", "HETATM ")):
+            words = line.split()
+            words.insert(14, values.get(words[10], "10.00"))
+            lines[number] = " ".join(words)
+    return "\n".join(lines)
+
+
+def test_b_factors() -> None:
+    values = {"3.0": "91.25", "3.5": "99.00", "12.0": "70.00", "4.0": "nan", "18.0": "-1.0"}
+    chain = read(_with_b_factors(values)).chain("X")
+    assert chain.b_factors.dtype == np.float32
+    # of the atoms that are kept: not of a hydrogen, nor of a less occupied alternative
+    assert chain.b_factors.tolist() == [0.0, 91.25, 10.0, 10.0, 10.0, 10.0, 10.0]
+    zipped = gzip.compress(_with_b_factors(values).encode())
+    assert (read(zipped, "9xyz.cif.gz").chain("X").b_factors == chain.b_factors).all()
+
+
 def test_most_occupied_residue_where_the_listed_one_is_not_resolved() -> None:
     text = _cif().replace(" SER A 1 4 ", " CYS A 1 4 ")
     chain = read(text).chain("X")

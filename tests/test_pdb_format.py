@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from damage import damaged
 from hypothesis import given, settings
@@ -49,6 +50,16 @@ def test_pdb() -> None:
         (4, "CA"): 11.0,
         (6, "CA"): 17.0,
     }
+
+
+def test_b_factors_of_pdb() -> None:
+    text = _PDB.replace("6.000   0.250   0.500  1.00 10.00", "6.000   0.250   0.500  1.00 91.25")
+    text = text.replace("8.500   0.250   0.500  1.00 10.00", "8.500   0.250   0.500  1.00 99.00")
+    text = text.replace("1.000   0.250   0.500  0.40 10.00", "1.000   0.250   0.500  0.40 70.00")
+    chain = read(text, "pdb9xyz.ent").chain("A")
+    assert chain.b_factors.dtype == np.float32
+    # of the atoms that are kept: not of the less occupied one, nor of the hydrogen
+    assert chain.b_factors.tolist() == [10.0, 91.25, 10.0, 10.0, 0.0, 10.0]
 
 
 def test_pdb_models_and_missing_records() -> None:

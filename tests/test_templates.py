@@ -30,7 +30,8 @@ def _chain(sequence: str = _OTHER, atoms: tuple[str, ...] = ("N", "CA", "C", "CB
         positions[:, atom, 0] = 3.8 * np.arange(len(sequence))
         positions[:, atom, 1] = atom
         mask[:, atom] = 1
-    return Chain("A", "A", sequence, np.arange(len(sequence), dtype=np.int32), positions, mask)
+    index, b_factors = np.arange(len(sequence), dtype=np.int32), np.zeros(len(sequence), np.float32)
+    return Chain("A", "A", sequence, index, positions, mask, b_factors)
 
 
 def _structure(chain: Chain, pdb_id: str = "1abc", date: str = "2001-01-01") -> Structure:

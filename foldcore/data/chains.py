@@ -31,6 +31,9 @@ class Chain:
     residue_index: Int32[np.ndarray, " r"]  # 0-based position in the sequence
     positions: Float32[np.ndarray, "r 37 3"]  # angstrom; 0 where the atom is not resolved
     mask: Float32[np.ndarray, "r 37"]  # 1 where the atom is resolved
+    # largest B-factor of the residue's resolved atoms, at least 0; predicted structures keep the
+    # residue's pLDDT (0..100) there
+    b_factors: Float32[np.ndarray, " r"]
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +103,7 @@ def _build(entry: Entry, author_id: str, label_id: str, entity: gemmi.Entity) ->
         names = [group[0].name for group in groups.values()]
     _check_observed(entry, author_id, label_id, groups)
     sequence = _one_letter(entry, entity.name, names)
-    positions, mask = _atoms(entry, author_id, names, groups)
+    positions, mask, b_factors = _atoms(entry, author_id, names, groups)
     aatype = [constants.restype_order.get(c, constants.unknown_restype) for c in sequence]
     mask *= _ALLOWED[aatype]
     positions *= mask[:, :, None]
@@ -112,6 +115,7 @@ def _build(entry: Entry, author_id: str, label_id: str, entity: gemmi.Entity) ->
         residue_index=residue_index,
         positions=positions,
         mask=mask,
+        b_factors=np.fmax.reduce(b_factors * mask, axis=1, initial=0),  # NaN is no B-factor
     )
 
 
@@ -186,16 +190,19 @@ def _parent(name: str, canonical: str, modified_from: str) -> str:
 
 def _atoms(
     entry: Entry, chain_id: str, names: list[str], groups: dict[int, list[gemmi.Residue]]
-) -> tuple[Float32[np.ndarray, "r 37 3"], Float32[np.ndarray, "r 37"]]:
+) -> tuple[Float32[np.ndarray, "r 37 3"], Float32[np.ndarray, "r 37"], Float32[np.ndarray, "r 37"]]:
+    """Positions, mask and B-factors."""
     at: list[tuple[int, int]] = []
     coordinates: list[list[float]] = []
+    found: list[float] = []
     other = 0
     for place, variants in groups.items():
         residue = _choose(variants, names[place])
         other += residue.name != names[place]
-        for slot, (_, xyz) in _best_atoms(residue).items():
+        for slot, atom in _best_atoms(residue).items():
             at.append((place, slot))
-            coordinates.append(xyz)
+            coordinates.append(atom.pos.tolist())
+            found.append(atom.b_iso)
     if other:
         entry.warnings.append(f"chain {chain_id}: {other} residues are not those of SEQRES")
     places, slots = np.array(at, np.int64).reshape(-1, 2).T
@@ -206,9 +213,9 @@ def _atoms(
         where = f"atom {constants.atom_types[slot]} of residue {place + 1} of chain {chain_id}"
         raise DataError(entry.path, None, f"{where} has no valid coordinates")
     positions = np.zeros((len(names), 37, 3), np.float32)
-    mask = np.zeros((len(names), 37), np.float32)
-    positions[places, slots], mask[places, slots] = values, 1
-    return positions, mask
+    mask, b_factors = np.zeros((2, len(names), 37), np.float32)
+    positions[places, slots], mask[places, slots], b_factors[places, slots] = values, 1, found
+    return positions, mask, b_factors
 
 
 def _choose(variants: list[gemmi.Residue], name: str) -> gemmi.Residue:
@@ -219,14 +226,14 @@ def _choose(variants: list[gemmi.Residue], name: str) -> gemmi.Residue:
     return max(variants, key=lambda residue: max((atom.occ for atom in residue), default=0.0))
 
 
-def _best_atoms(residue: gemmi.Residue) -> dict[int, tuple[float, list[float]]]:
-    """atom37 slot -> (occupancy, position) of the most occupied alternative, or the first."""
-    best: dict[int, tuple[float, list[float]]] = {}
+def _best_atoms(residue: gemmi.Residue) -> dict[int, gemmi.Atom]:
+    """atom37 slot -> the most occupied alternative, or the first."""
+    best: dict[int, gemmi.Atom] = {}
     selenium = "SD" if residue.name == "MSE" else "SE"
     for atom in residue:
         slot = constants.atom_order.get(selenium if atom.name == "SE" else atom.name)
-        if slot is not None and (slot not in best or atom.occ > best[slot][0]):
-            best[slot] = (atom.occ, atom.pos.tolist())
+        if slot is not None and (slot not in best or atom.occ > best[slot].occ):
+            best[slot] = atom
     return best
 
 

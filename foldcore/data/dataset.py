@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -103,6 +104,8 @@ class Dataset:
             what = "departures from the structure file"
             self.report.note(what, chain_id, len(structure.warnings))
         chain = _chain(structure, record.place.chain)
+        if self.distillation:
+            chain = _confident(chain, self.config.distillation_min_plddt, structure.path)
         msas, hits = alignment_files(record.place.folder)
         msa = self._msa(chain_id, chain, msas)
         return RawExample(
@@ -205,13 +208,26 @@ def _chain(structure: Structure, name: str) -> Chain:
     return next(iter(structure.chains.values()))
 
 
+def _confident(chain: Chain, min_plddt: float, path: str) -> Chain:
+    """A predicted chain without the atoms of residues whose pLDDT is no higher than this."""
+    mask = chain.mask * (chain.b_factors > min_plddt)[:, None]
+    if not mask.any():
+        highest = f"the highest is {chain.b_factors.max(initial=0):g}"
+        reason = f"no residue with a pLDDT (B-factor) above {min_plddt:g}: {highest}"
+        raise DataError(path, None, reason)
+    return replace(chain, positions=chain.positions * mask[:, :, None], mask=mask)
+
+
 def _aatype(sequence: str) -> Int32[np.ndarray, " r"]:
     order, unknown = constants.restype_order, constants.unknown_restype
     return np.array([order.get(letter, unknown) for letter in sequence], np.int32)
 
 
 def _structure_bytes(structure: Structure) -> int:
-    return sum(chain.positions.nbytes + chain.mask.nbytes for chain in structure.chains.values())
+    return sum(
+        chain.positions.nbytes + chain.mask.nbytes + chain.b_factors.nbytes
+        for chain in structure.chains.values()
+    )
 
 
 def _raw_bytes(raw: RawExample) -> int:
