@@ -6,7 +6,6 @@ them together. Their bits are those of ``foldcore/dropout.py`` either way.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Int32
 from torch import Tensor
 
 from foldcore import dropout as definition
+from torchfold._compiled import piece
 
 Word = Tensor | int
 Owner = tuple[str, int]  # scope and position of the block in a stack that asks
@@ -103,7 +103,7 @@ class MaskPlan:
         device = example_id.device
         paths, blocks = self._paths_and_blocks(device)
         streams, _ = threefry((paths, example_id), (blocks, recycling), device)
-        bits = _bits(streams, self._sizes(), seed, step)
+        bits = _draw_bits(streams, self._sizes(), seed, step)
         rates = list(self._requests)
         by_rate = bits.split([sum(self._sizes(rate)) for rate in rates], dim=1)
         drawn: dict[Owner, dict[str, Tensor]] = {}
@@ -133,6 +133,7 @@ class MaskPlan:
         return self._constants[device]
 
 
+@piece
 def _draw_bits(
     streams: Int32[Tensor, "n b"], sizes: list[int], seed: Word, step: Word
 ) -> Int32[Tensor, "b total"]:
@@ -142,9 +143,6 @@ def _draw_bits(
     elements = torch.cat([element[:size] for size in sizes])
     by_mask = [s[:, None].expand(batch, size) for s, size in zip(streams, sizes, strict=True)]
     return threefry((seed, step), (torch.cat(by_mask, dim=1), elements), device)[0]
-
-
-_bits: Callable[..., Tensor] = _draw_bits
 
 
 class Rehearsal:

@@ -5,16 +5,12 @@ import functools
 import torch
 from torch import Tensor
 
-from foldcore.kernels.launch import INTERPRETER, Launch
+from foldcore.kernels.launch import INTERPRETER, Launch, Output
 
 
 def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Run a kernel on the device of its inputs; the outputs are new tensors."""
-    device = inputs[0].device
-    outputs = tuple(
-        torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
-        for output in launch.outputs
-    )
+    outputs = tuple(_allocate(output, inputs[0].device) for output in launch.outputs)
     launch.kernel[launch.grid](
         *(x.contiguous() for x in inputs),
         *launch.scalars,
@@ -24,6 +20,10 @@ def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
         num_stages=launch.num_stages,
     )
     return outputs
+
+
+def _allocate(output: Output, device: torch.device) -> Tensor:
+    return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
 
 
 def architecture(device: torch.device) -> int:

@@ -6,6 +6,7 @@ both. A process works on one device; ``torchrun`` starts as many as there are.
 """
 
 import atexit
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -89,6 +90,33 @@ def place(mesh: DeviceMesh, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor
         name: torch.from_numpy(array) if name == _ON_HOST else _to_device(mesh, array)
         for name, array in batch.items()
     }
+
+
+def _beside(mesh: DeviceMesh, batch: Mapping[str, np.ndarray]) -> Callable[[], dict[str, Tensor]]:
+    """``place``, on a stream beside the one in use; the result waits for it and returns it."""
+    if mesh.device_type == "cpu":
+        placed = place(mesh, batch)
+        return lambda: placed
+    stream = _copies()
+    with torch.cuda.stream(stream):
+        placed = place(mesh, batch)
+        there = torch.cuda.Event()
+        there.record()
+
+    def arrived() -> dict[str, Tensor]:
+        current = torch.cuda.current_stream()
+        current.wait_event(there)
+        for name, tensor in placed.items():
+            if name != _ON_HOST:
+                tensor.record_stream(current)  # its memory is free when this stream is done with it
+        return placed
+
+    return arrived
+
+
+@functools.cache
+def _copies() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def _to_device(mesh: DeviceMesh, array: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from foldcore import constants
-from torchfold._arrays import one_hot
+from torchfold._arrays import one_hot, table
 from torchfold.ops import at_least_float32
 from torchfold.primitives import LayerNorm, Linear
 from torchfold.rigid import torsion_angles_from_atom37
@@ -38,9 +38,8 @@ def distance_bins(
 ) -> Float[Tensor, "*batch r r k"]:
     """One-hot bins of the distances; below ``first`` angstrom there is no bin (Suppl. Alg. 32)."""
     positions = positions.to(at_least_float32(positions.dtype))
-    lower = torch.square(
-        torch.linspace(first, last, num_bins, dtype=positions.dtype, device=positions.device)
-    )
+    edges = table("bin_edges", positions.dtype, positions.device, first, last, num_bins)
+    lower = torch.square(edges)
     upper = torch.cat([lower[1:], torch.full_like(lower[:1], 1e8)])
     offset = positions[..., :, None, :] - positions[..., None, :, :]
     squared = torch.sum(torch.square(offset), dim=-1, keepdim=True)

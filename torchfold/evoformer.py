@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchfold import ops, primitives
+from torchfold._compiled import piece
 from torchfold.primitives import (
     Attention,
     DropoutKey,
@@ -145,6 +146,7 @@ class EvoformerBlock(nn.Module):
         )
         self.pair_transition = Transition(c_z, transition_factor)
 
+    @piece
     def forward(
         self,
         msa: Float[Tensor, "b s r c_m"],

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torchfold._arrays import table
 from torchfold.ops import at_least_float32
 from torchfold.primitives import LayerNorm, Linear
 
@@ -110,9 +111,7 @@ def predicted_tm_score(
 
 def _aligned_error_centres(logits: Float[Tensor, "b i j k"]) -> Float[Tensor, " k"]:
     """Middles of the bins; the last bin is open and counts as wide as the others."""
-    first, last = ALIGNED_ERROR_LIMITS
-    limits = torch.linspace(
-        first, last, logits.shape[-1] - 1, dtype=logits.dtype, device=logits.device
-    )
+    edges = *ALIGNED_ERROR_LIMITS, logits.shape[-1] - 1
+    limits = table("bin_edges", logits.dtype, logits.device, *edges)
     step = limits[1] - limits[0]
     return torch.cat([limits + step / 2, limits[-1:] + 1.5 * step])

@@ -15,7 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from foldcore import constants
 from foldcore.config import LossConfig
-from torchfold._arrays import one_hot
+from torchfold._arrays import one_hot, table
+from torchfold._compiled import piece
 from torchfold.heads import ALIGNED_ERROR_LIMITS, DISTOGRAM_LIMITS
 from torchfold.ops import at_least_float32
 from torchfold.rigid import Rigid, distance, dot, rigid_from_quaternion
@@ -83,6 +84,7 @@ def resolution_accepted(resolution: Float[Tensor, " b"], config: LossConfig) -> 
     return (known | unknown).to(resolution.dtype)
 
 
+@piece
 def cross_entropy(
     logits: Float[Tensor, "*batch k"], label: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
@@ -93,6 +95,7 @@ def cross_entropy(
     return -torch.sum(chosen * torch.log_softmax(logits, dim=-1), dim=-1)
 
 
+@piece
 def distogram_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Distances between pseudo-beta atoms (Suppl. 1.9.8)."""
     logits = outputs["distogram_logits"]
@@ -107,20 +110,26 @@ def _squared_bin(
     squared: Float[Tensor, "b i j"], limits: tuple[float, float], bins: int
 ) -> Int[Tensor, "b i j"]:
     """Index of the bin a squared distance falls into."""
-    first, last = limits
-    breaks = torch.linspace(first, last, bins - 1, dtype=squared.dtype, device=squared.device)
+    breaks = table("bin_edges", squared.dtype, squared.device, *limits, bins - 1)
     return torch.sum(squared[..., None] > breaks**2, dim=-1)
 
 
 def masked_msa_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Letters hidden from the network, in the sample of the last recycling pass (Suppl. 1.9.9)."""
-    # known on the host, so these are slices, not gathers
-    last = list(enumerate(int(count) for count in batch["num_iter_recycling"]))
-    true_msa = torch.stack([batch["true_msa"][i, count] for i, count in last])
-    mask = torch.stack([batch["bert_mask"][i, count] for i, count in last])
+    true_msa, mask = (_last_sample(batch, name) for name in ("true_msa", "bert_mask"))
     return masked_mean(mask, cross_entropy(outputs["masked_msa_logits"], true_msa), 1e-8)
 
 
+def _last_sample(batch: Arrays, name: str) -> Float[Tensor, "b s r"]:
+    samples = batch[name]
+    if samples.shape[1] == 1:  # the passes before were run apart
+        return samples[:, 0]
+    # known on the host, so these are slices, not gathers
+    last = enumerate(int(count) for count in batch["num_iter_recycling"])
+    return torch.stack([samples[i, count] for i, count in last])
+
+
+@piece
 def plddt_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """The network's own lDDT-C-alpha, in bins (Suppl. Alg. 29 and 1.9.6)."""
     logits = outputs["plddt_logits"]
@@ -144,6 +153,7 @@ def lddt_ca(
     return (1e-10 + torch.sum(near * preserved, dim=-1)) / (1e-10 + torch.sum(near, dim=-1))
 
 
+@piece
 def experimentally_resolved_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Whether each atom was seen in the experiment (Suppl. 1.9.10)."""
     logits = outputs["experimentally_resolved_logits"]
@@ -152,6 +162,7 @@ def experimentally_resolved_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor
     return masked_mean(exists, error, 1e-8)
 
 
+@piece
 def aligned_error_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Error of residue j after alignment on the backbone frame of residue i (Suppl. 1.9.7)."""
     logits = outputs["aligned_error_logits"]

@@ -81,12 +81,27 @@ class AlphaFold(nn.Module):
         """Predict after ``batch["num_iter_recycling"][0]`` extra passes, which get no gradient.
 
         The count must be on the host (a number or a CPU tensor): reading it from the device would
-        wait for it. Pass k reads slot k of the MSA features.
+        wait for it. Pass k reads slot k of the MSA features. A batch that holds ``Recycled`` has
+        these passes behind it (see ``step.py``): it has one slot, and the count may be anywhere.
         """
-        num_passes = int(batch["num_iter_recycling"][0])
-        recycled = self._recycle(batch, num_passes, dropout)
-        outputs = self._pass(_slot(batch, num_passes), recycled, _at_pass(dropout, num_passes))
+        if Recycled._fields[0] in batch:
+            outputs = self._one_pass(batch, dropout)
+        else:
+            count = int(batch["num_iter_recycling"][0])
+            recycled = self._recycle(batch, count, dropout)
+            outputs = self._pass(_slot(batch, count), recycled, _at_pass(dropout, count))
         return outputs | self._heads(outputs)
+
+    def _one_pass(self, batch: Batch, dropout: DropoutKey | None) -> dict[str, Tensor]:
+        """The pass at hand of a batch that holds what the one before left."""
+        recycled = Recycled(*(batch[name] for name in Recycled._fields))
+        return self._pass(
+            _slot(batch, 0), recycled, _at_pass(dropout, batch["num_iter_recycling"][0])
+        )
+
+    def _next(self, batch: Batch, dropout: DropoutKey | None) -> Recycled:
+        """What that pass leaves to the next."""
+        return _recycled(self._one_pass(batch, dropout))
 
     @torch.no_grad()
     def _recycle(self, batch: Batch, num_passes: int, dropout: DropoutKey | None) -> Recycled:
@@ -94,9 +109,7 @@ class AlphaFold(nn.Module):
         recycled = self._first_state(batch)
         for index in range(num_passes):
             outputs = self._pass(_slot(batch, index), recycled, _at_pass(dropout, index))
-            recycled = Recycled(
-                outputs["msa_first_row"], outputs["pair"], outputs["final_atom37_positions"]
-            )
+            recycled = _recycled(outputs)
         return recycled
 
     def _first_state(self, batch: Batch) -> Recycled:
@@ -193,12 +206,16 @@ class AlphaFold(nn.Module):
         return logits
 
 
+def _recycled(outputs: Mapping[str, Tensor]) -> Recycled:
+    return Recycled(outputs["msa_first_row"], outputs["pair"], outputs["final_atom37_positions"])
+
+
 def _slot(batch: Batch, index: int) -> dict[str, Tensor]:
     """The batch of one pass: its own MSA sample, everything else as it is."""
     return {name: x[:, index] if name in RESAMPLED else x for name, x in batch.items()}
 
 
-def _at_pass(dropout: DropoutKey | None, index: int) -> DropoutKey | None:
+def _at_pass(dropout: DropoutKey | None, index: Tensor | int) -> DropoutKey | None:
     return dropout.at_pass(index) if dropout else None
 
 

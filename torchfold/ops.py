@@ -6,7 +6,7 @@ Statistics and sums are taken in at least float32; results have the dtype of the
 Legend: g groups that attend independently (rows, columns), q queries, k keys, h heads, d width.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ OUTER_PRODUCT_EPS = 1e-3  # added to the number of sequences
 MASKED_LOGIT = -1e9  # finite, so that a query without keys attends to all of them alike
 
 IMPLEMENTATIONS = ("reference", "triton")
+KERNEL_DTYPES = ("bfloat16", "float32")
 _chosen = "reference"
 
 
@@ -33,12 +34,27 @@ def use(name: str) -> None:
 
 
 def _require_reference(op: str, implementation: str | None, *arrays: Tensor) -> None:
+    if _kernel_runs(op, implementation, *arrays):
+        _refuse(op, implementation, "there is no such kernel yet", *arrays)
+
+
+def _kernel_runs(op: str, implementation: str | None, *arrays: Tensor) -> bool:
+    """Whether a Triton kernel is chosen for this operation; it takes the types of KERNEL_DTYPES."""
     name = implementation or _chosen
-    if name != "reference":
-        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
-        known = name in IMPLEMENTATIONS
-        reason = "there is no such kernel yet" if known else f"not one of {IMPLEMENTATIONS}"
-        raise UnsupportedOp(f"{op}({shapes}) with implementation {name!r}: {reason}")
+    if name == "reference":
+        return False
+    if name not in IMPLEMENTATIONS:
+        _refuse(op, implementation, f"not one of {IMPLEMENTATIONS}", *arrays)
+    dtype = str(arrays[0].dtype).removeprefix("torch.")
+    if dtype not in KERNEL_DTYPES:
+        _refuse(op, implementation, f"the kernel computes in {KERNEL_DTYPES}", *arrays)
+    return True
+
+
+def _refuse(op: str, implementation: str | None, reason: str, *arrays: Tensor) -> NoReturn:
+    name = implementation or _chosen
+    shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+    raise UnsupportedOp(f"{op}({shapes}) with implementation {name!r}: {reason}")
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -81,13 +97,58 @@ def attention(
 
     The query is already scaled. Masked keys get the same large negative logit after the bias.
     """
-    _require_reference("attention", implementation, query, key)
-    logits = _sum_product("bgqhd,bgkhd->bghqk", query, key)
+    if _kernel_runs("attention", implementation, query, key):
+        if query.shape[2] != key.shape[2]:
+            _refuse("attention", implementation, "the kernel is for self-attention", query, key)
+        projected = torch.stack([query, key, value], dim=3)
+        return gated_attention(projected, mask, bias, implementation="triton")
+    gathered = _gather(query, key, value, mask, bias, scale=1)
+    return gathered.to(query.dtype)
+
+
+def gated_attention(
+    projected: Float[Tensor, "b s r p h d"],
+    mask: Float[Tensor, "b s r"],
+    bias: Float[Tensor, "b h n n"] | None = None,
+    *,
+    axis: int = 2,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Float[Tensor, "b s r h d"]:
+    """Attention within rows (axis 2) or columns (axis 1), then a gate (Suppl. Alg. 7, 8, 13, 14).
+
+    ``projected`` holds query, gate, key and value of each position, or query, key and value where
+    there is no gate; the gate is what a sigmoid is applied to. ``scale`` multiplies the queries.
+    """
+    if _kernel_runs("gated_attention", implementation, projected):
+        from torchfold import _attention
+
+        return _attention.gated_attention(projected, mask, bias, axis, scale)
+    if axis == 1:
+        projected, mask = projected.transpose(1, 2), mask.transpose(1, 2)
+    query, *gate, key, value = projected.unbind(3)
+    gathered = _gather(query, key, value, mask, bias, scale)
+    if gate:
+        gathered = gathered * torch.sigmoid(gate[0].to(gathered.dtype))
+    output = gathered.to(projected.dtype)
+    return output.transpose(1, 2) if axis == 1 else output
+
+
+def _gather(
+    query: Float[Tensor, "b g q h d"],
+    key: Float[Tensor, "b g k h d"],
+    value: Float[Tensor, "b g k h d"],
+    mask: Float[Tensor, "b g k"],
+    bias: Float[Tensor, "b h q k"] | None,
+    scale: float,
+) -> Float[Tensor, "b g q h d"]:
+    """Weighted means of the values, in at least float32."""
+    logits = _sum_product("bgqhd,bgkhd->bghqk", query, key) * scale
     if bias is not None:
         logits = logits + bias[:, None].to(logits.dtype)
     logits = torch.where(mask[:, :, None, None, :] > 0, logits, MASKED_LOGIT)
     weights = torch.softmax(logits, dim=-1).to(value.dtype)
-    return _sum_product("bghqk,bgkhd->bgqhd", weights, value).to(query.dtype)
+    return _sum_product("bghqk,bgkhd->bgqhd", weights, value)
 
 
 def global_attention(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foldcore.config import OptimizerConfig
+from torchfold._compiled import piece
 
 
 def learning_rate(step: Int[Tensor, ""], config: OptimizerConfig) -> Float[Tensor, ""]:
@@ -30,6 +31,7 @@ def ema_decay(step: Int[Tensor, ""], config: OptimizerConfig) -> Float[Tensor, "
     return torch.minimum(limit, (1 + count) / (10 + count)) if config.ema_warmup else limit
 
 
+@piece
 def clip_by_global_norm(
     gradient: Float[Tensor, " n"], max_norm: float
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
@@ -39,6 +41,7 @@ def clip_by_global_norm(
     return gradient * (max_norm / torch.clamp(norm, min=max_norm)), norm
 
 
+@piece
 def adam(
     gradient: Float[Tensor, " n"],
     mu: Float[Tensor, " n"],

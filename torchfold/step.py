@@ -1,7 +1,8 @@
 """How a step is run: PyTorch's settings, flat parameters, the gradient, state updated in place.
 
 ``train.py`` says what a step computes; this file knows that PyTorch runs it. A step starts work on
-the device and never waits for it: shapes are fixed and the host reads no result.
+the device and never waits for it: shapes are fixed and the host reads no result. On a GPU its parts
+are compiled (``_compiled.py``) and the whole is captured in CUDA graphs (``_graphs.py``).
 """
 
 import os
@@ -12,23 +13,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.func import functional_call
 
 from foldcore import __version__
 from foldcore.config import Config, ModelConfig
 from foldcore.layout import make_layout
-from torchfold import ops
+from torchfold import _compiled, ops
 from torchfold._arrays import map_tree
+from torchfold._graphs import GraphedStep, TwoParts
 from torchfold._masks import MaskPlan, Rehearsal
-from torchfold.distributed import over_mesh, place
-from torchfold.model import AlphaFold
+from torchfold.distributed import _beside, over_mesh
+from torchfold.model import AlphaFold, Recycled
 from torchfold.params import _name, _paths, initial_parameters, parameters
 from torchfold.primitives import DropoutKey
 
@@ -49,7 +52,27 @@ def configure(config: Config) -> None:
         # one core for everything else: the threads spin while they wait for each other, thousands
         # of times a step, and a step takes 20 times longer once one of them has lost its core
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    cache = Path(os.environ.get("TWINFOLD_CACHE", "~/.cache/twinfold")).expanduser()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torch"))
+    # a CPU runs small models as they are: compiling takes longer than it saves
+    _compiled.enable(config.train.compile == "blocks" and torch.cuda.is_available())
     ops.use(config.model.implementation)
+
+
+class _OnePass(nn.Module):
+    """A model's passes one at a time."""
+
+    def __init__(self, model: AlphaFold) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: Mapping[str, Tensor], before: Recycled | None, dropout: DropoutKey | None
+    ) -> Recycled:
+        """What the pass at hand leaves to the next; before the first, what that one starts from."""
+        if before is None:
+            return self.model._first_state(batch)
+        return self.model._next({**batch, **before._asdict()}, dropout)
 
 
 class Network:
@@ -58,6 +81,7 @@ class Network:
     def __init__(self, config: ModelConfig) -> None:
         with torch.device("meta"):
             self._model = AlphaFold(config)
+        self._apart = _OnePass(self._model)
         self.layout = make_layout({k: tuple(p.shape) for k, p in parameters(self._model).items()})
         self._dtype = getattr(torch, config.dtype)
         self._sizes = [p.numel() for p in parameters(self._model).values()]
@@ -77,7 +101,8 @@ class Network:
         self, by_path: dict[str, Tensor], batch: Mapping[str, Tensor], dropout: DropoutKey
     ) -> MaskPlan:
         """Which masks the model draws for features of such shapes, known from a rehearsal."""
-        shapes = tuple((name, tuple(x.shape[1:])) for name, x in batch.items())
+        names = ("msa_mask", "extra_msa_mask", "template_aatype")
+        shapes = tuple(tuple(batch[name].shape[-2:]) for name in names)
         if shapes not in self._plans:
             plan = MaskPlan()
             key = replace(dropout, _masks=Rehearsal(plan, dropout.example_id.device))
@@ -87,6 +112,23 @@ class Network:
                 functional_call(self._model, by_path, (once, key))
             self._plans[shapes] = plan
         return self._plans[shapes]
+
+    @torch.no_grad()
+    def _next_pass(
+        self,
+        flat: Float[Tensor, " n"],
+        batch: dict[str, Tensor],
+        before: Recycled | None,
+        dropout: DropoutKey | None,
+    ) -> Recycled:
+        """What one pass leaves to the next, by flat parameters; ``batch`` has its slot alone."""
+        params = self.unflatten(flat)
+        by_path = {path: params[name] for path, name in self._names.items()}
+        if dropout is not None and before is not None:
+            known = {**batch, **before._asdict()}
+            dropout = replace(dropout, _plan=self._plan(by_path, known, dropout))
+        apart = {f"model.{path}": parameter for path, parameter in by_path.items()}
+        return functional_call(self._apart, apart, (batch, before, dropout))
 
     def initialize(self, seed: int) -> Float32[np.ndarray, " n"]:
         """The initial values of all parameters, on the host."""
@@ -148,26 +190,29 @@ def keep_where(condition: Bool[Tensor, ""], new: Any, old: Any) -> Any:
 
 
 class CompiledStep:
-    """``function(state, local_batch)`` over the mesh; nothing in it is compiled yet.
+    """``function(state, local_batch)`` over the mesh; on a GPU, captured by the first call.
 
-    With ``donate`` the state given is used up: its memory holds the state returned.
+    With ``donate`` the state given is used up: its memory holds the state returned. Only such a
+    step, a training step, is captured.
     """
 
     def __init__(
         self, function: Callable[..., Any], config: Config, mesh: DeviceMesh, donate: bool
     ) -> None:
         self._function = over_mesh(function, mesh)
+        self._config = config
         self._donate = donate
         self._cuda = mesh.device_type == "cuda"
+        self._graphed: GraphedStep | None = None
         self._events: deque[torch.cuda.Event] = deque()
         self._first = True
-        self._started = 0.0  # a time
+        self._compiling = self._started = 0.0  # seconds, and a time
 
     @torch.no_grad()
     def __call__(self, state: Any, batch: Mapping[str, Tensor]) -> Any:
         """Start the step; the result may still be on its way when this returns."""
         if self._first:
-            self._started = time.perf_counter()
+            self._prepare(state, batch)
         if len(self._events) == IN_FLIGHT:
             self._events.popleft().synchronize()
         if self._cuda and not self._first:  # constants of the first step have to be copied
@@ -184,7 +229,18 @@ class CompiledStep:
             self._events.append(event)
         return result
 
+    def _prepare(self, state: Any, batch: Mapping[str, Tensor]) -> None:
+        start = time.perf_counter()
+        if self._cuda and self._donate and self._config.train.cuda_graphs:
+            next_pass = Network(self._config.model)._next_pass
+            parts = TwoParts(self._function, next_pass, self._config, state, batch)
+            self._graphed = GraphedStep(parts, batch)
+        self._started = time.perf_counter()
+        self._compiling = self._started - start
+
     def _run(self, state: Any, batch: Mapping[str, Tensor]) -> Any:
+        if self._graphed:
+            return self._graphed(state, batch)
         result = self._function(state, batch)
         if not self._donate:
             return result
@@ -196,21 +252,24 @@ class CompiledStep:
         """What the first step cost, once its ``result`` has arrived."""
         fetch(result)
         seconds = time.perf_counter() - self._started
-        return f"first step: {seconds:.2f} s to run, peak memory {peak_memory()}"
+        capturing = f"{self._compiling:.1f} s to compile and capture, " if self._graphed else ""
+        return f"first step: {capturing}{seconds:.2f} s to run, peak memory {peak_memory()}"
 
 
 def prefetch(
     batches: Iterable[tuple[Mapping[str, Any], Any]], mesh: DeviceMesh
 ) -> Iterator[tuple[dict[str, Tensor], Any, float]]:
     """(batch on the devices, its companion, seconds waited for it), moved there one ahead."""
-    ahead: deque[tuple[dict[str, Tensor], Any, float]] = deque()
+    ahead: deque[tuple[Callable[[], dict[str, Tensor]], Any, float]] = deque()
     start = time.perf_counter()
     for batch, companion in batches:
-        ahead.append((place(mesh, batch), companion, time.perf_counter() - start))
+        ahead.append((_beside(mesh, batch), companion, time.perf_counter() - start))
         if len(ahead) == 2:
-            yield ahead.popleft()
+            arrived, *rest = ahead.popleft()
+            yield arrived(), *rest
         start = time.perf_counter()
-    yield from ahead
+    for arrived, *rest in ahead:
+        yield arrived(), *rest
 
 
 def fetch(tree: Any) -> Any:

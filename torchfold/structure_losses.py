@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foldcore import constants
 from torchfold._arrays import table
+from torchfold._compiled import piece
 from torchfold.rigid import Rigid, distance, rigid_from_flat12, rigid_from_quaternion
 
 LENGTH_SCALE = 10.0  # FAPE counts in units of 1 nm
@@ -57,6 +58,7 @@ def compute_fape(
     return torch.sum(weighted, dim=(-2, -1)) / (1e-4 + pairs)
 
 
+@piece
 def backbone_fape_loss(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
 ) -> Float[Tensor, " b"]:
@@ -78,6 +80,7 @@ class RenamedGroundTruth(NamedTuple):
     frames: Rigid  # [b r 8]
 
 
+@piece
 def rename_symmetric_ground_truth_atoms(
     batch: Mapping[str, Tensor], atom14_positions: Float[Tensor, "b r 14 3"]
 ) -> RenamedGroundTruth:
@@ -131,6 +134,7 @@ def _pairs(
     return rows[:, :, :, None, None] * columns[:, None, None]
 
 
+@piece
 def sidechain_fape_loss(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], renamed: RenamedGroundTruth
 ) -> Float[Tensor, " b"]:
@@ -152,6 +156,7 @@ def sidechain_fape_loss(
     )
 
 
+@piece
 def chi_loss(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
     """Side-chain torsions of every iteration, as points on a circle (Suppl. Alg. 27, lines 1-5)."""
     pred = torch.movedim(outputs["angles"], 0, 1)[..., 3:, :]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torchfold._compiled import piece
 from torchfold.ops import at_least_float32
 from torchfold.primitives import DropoutKey, LayerNorm, Linear, parameter
 from torchfold.primitives import dropout as drop
@@ -111,6 +112,7 @@ class StructureModule(nn.Module):
         return singles, quaternions, translations * POSITION_SCALE
 
 
+@piece
 def _place_atoms(
     backbone: Rigid, angles: Float[Tensor, "b r 7 2"], batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -160,6 +162,7 @@ class FoldIteration(nn.Module):
         self.affine_update = Linear(c_s, 6, init="final")
         self.rigid_sidechain = RigidSidechain(c_s, sidechain_channels)
 
+    @piece
     def forward(
         self,
         single: Float[Tensor, "b r c_s"],
@@ -267,6 +270,7 @@ class InvariantPointAttention(nn.Module):
         return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=-1)
 
 
+@piece
 def backbone_update(
     quaternion: Float[Tensor, "b r 4"],
     translation: Float[Tensor, "b r 3"],
@@ -291,6 +295,7 @@ class RigidSidechain(nn.Module):
         self.resblock2_1 = Linear(c_hidden, c_hidden, init="final")
         self.unnormalized_angles = Linear(c_hidden, 14)
 
+    @piece
     def forward(
         self, single: Float[Tensor, "*batch r c_s"], initial_single: Float[Tensor, "*batch r c_s"]
     ) -> tuple[Float[Tensor, "*batch r 7 2"], Float[Tensor, "*batch r 7 2"]]:

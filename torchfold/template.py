@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from foldcore import constants
 from torchfold import primitives
 from torchfold._arrays import one_hot
+from torchfold._compiled import piece
 from torchfold.embedders import TEMPLATE_CLASSES, distance_bins
 from torchfold.primitives import Attention, DropoutKey, LayerNorm, Linear, Transition
 from torchfold.stack import Recompute, run, stack
@@ -54,6 +55,7 @@ class TemplatePairBlock(nn.Module):
         self.triangle_multiplication_incoming = TriangleMultiplicationIncoming(c_t, triangle_hidden)
         self.pair_transition = Transition(c_t, transition_factor)
 
+    @piece
     def forward(
         self,
         pair: Float[Tensor, "b i j c_t"],
@@ -173,6 +175,7 @@ class TemplateEmbedding(nn.Module):
         return self.attention(queries, keys, mask).reshape(pair.shape)
 
 
+@piece
 def template_pair_features(
     template_aatype: Int[Tensor, "b t r"],
     template_pseudo_beta: Float[Tensor, "b t r 3"],
