@@ -1,7 +1,9 @@
-"""Triton's interpreter, with bfloat16 as a GPU computes with it.
+"""Triton's interpreter, with bfloat16 as a GPU computes with it, and for present versions of numpy.
 
 It keeps bfloat16 values as 16-bit integers, whose products Triton 3.6 takes as integers, and drops
-the lower half of a float32 where a GPU rounds. Import this before launching a kernel in a test.
+the lower half of a float32 where a GPU rounds. Its scalars are arrays of one element, which numpy
+2.4 no longer takes for bounds of a loop; the sizes of its arrays are compile-time numbers that do
+not divide. Import this before launching a kernel in a test.
 """
 
 import ml_dtypes
@@ -11,6 +13,7 @@ from triton.runtime import interpreter
 
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _convert_float = interpreter._convert_float
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _widened(x):
@@ -29,5 +32,12 @@ def convert_float(data, input_dtype, output_dtype, rounding_mode):
     return _convert_float(data, input_dtype, output_dtype, rounding_mode)
 
 
+def patch_lang_tensor(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 interpreter.InterpreterBuilder.create_dot = create_dot
+interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter._convert_float = convert_float
+tl.constexpr.__rmod__ = lambda self, other: other % self.value

@@ -1,0 +1,168 @@
+"""Gated self-attention with key mask and pair bias (Suppl. Alg. 7, 8, 13, 14): the forward pass.
+
+All four projections of a position arrive side by side, as one matrix product leaves them, in the
+order query, gate, key, value; without a gate there are three. Positions form a table [s r]; a group
+attends within itself and is a row of it (axis 2) or a column (axis 1), which costs nothing, as a
+head of a position fills whole memory sectors either way. Scores never leave the chip.
+
+Logits are kept in units of log 2, for exp2. A masked key has the logit -1e9, or less where it is
+padding of a tile: a query without any key attends to all real ones alike.
+"""
+
+import triton
+import triton.language as tl
+
+from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.launch import Launch, Output, cdiv
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MASKED = tl.constexpr(-1e9 * 1.4426950408889634)
+
+
+@triton.jit
+def load_tile(
+    base_ptr,
+    rows,
+    STRIDE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[rows, BLOCK_D] of one head, zero beyond ``LIMIT`` rows and ``WIDTH`` channels."""
+    channels = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + rows[:, None] * STRIDE + channels[None, :]
+    if LIMIT % rows.shape[0] == 0 and WIDTH == BLOCK_D:
+        tile = tl.load(pointers)
+    else:
+        inside = (rows < LIMIT)[:, None] & (channels < WIDTH)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base_ptr, rows, tile, STRIDE: tl.constexpr, LIMIT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The counterpart of ``load_tile``."""
+    channels = tl.arange(0, tile.shape[1])
+    pointers = base_ptr + rows[:, None] * STRIDE + channels[None, :]
+    tile = tile.to(base_ptr.dtype.element_ty)
+    if LIMIT % tile.shape[0] == 0 and WIDTH == tile.shape[1]:
+        tl.store(pointers, tile)
+    else:
+        inside = (rows < LIMIT)[:, None] & (channels < WIDTH)[None, :]
+        tl.store(pointers, tile, mask=inside)
+
+
+@triton.jit
+def load_bias(base_ptr, query, key, LENGTH: tl.constexpr, EVEN: tl.constexpr):
+    """One head's bias where ``query`` and ``key``, one a row and one a column, meet.
+
+    ``EVEN`` says that none is beyond the length.
+    """
+    pointers = base_ptr + query * LENGTH + key
+    if EVEN:
+        bias = tl.load(pointers)
+    else:
+        bias = tl.load(pointers, mask=(query < LENGTH) & (key < LENGTH), other=0.0)
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def key_terms(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr):
+    """Factor and summand that make a key's logits: (1, 0), or (0, its fixed logit) if masked."""
+    real = keys < LENGTH
+    kept = tl.load(mask_ptr + keys * STRIDE, mask=real, other=0.0) > 0
+    fixed = tl.where(real, MASKED, float("-inf"))
+    return tl.where(kept, 1.0, 0.0), tl.where(kept, 0.0, fixed)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp2(x.to(tl.float32) * -LOG2_E))
+
+
+@triton.jit
+def forward_kernel(
+    projected_ptr,  # [b s r parts h d]
+    mask_ptr,  # [b s r]
+    bias_ptr,  # [b h q k]
+    output_ptr,  # [b s r h d]
+    logsumexp_ptr,  # [b g h q], in units of log 2
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    GROUP_STEP: tl.constexpr,  # positions from one group to the next
+    STEP: tl.constexpr,  # positions from one member of a group to the next
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS_A_PROGRAM: tl.constexpr,
+):
+    CHANNELS: tl.constexpr = HEADS * WIDTH
+    STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
+    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
+    tiles = tl.cdiv(LENGTH, BLOCK_Q)
+    head = tl.program_id(0) // tiles
+    query = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = tl.program_id(1) * GROUPS_A_PROGRAM
+    batch = tl.program_id(2)
+    bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    for group in range(first, tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)):
+        position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
+        base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
+        q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        gathered = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        for start in range(0, LENGTH, BLOCK_K):
+            key = start + tl.arange(0, BLOCK_K)
+            k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+            k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+            v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+            factor, summand = key_terms(mask_ptr + position, key, STEP, LENGTH)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            logits = logits * (factor * (SCALE * LOG2_E))[None, :] + summand[None, :]
+            if HAS_BIAS:
+                bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
+                logits += bias * (factor * LOG2_E)[None, :]
+            higher = tl.maximum(highest, tl.max(logits, 1))
+            weights = tl.exp2(logits - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            total = total * shrink + tl.sum(weights, 1)
+            gathered = gathered * shrink[:, None]
+            gathered = tl.dot(weights.to(v.dtype), v, gathered, input_precision="ieee")
+            highest = higher
+        output = gathered / total[:, None]
+        if PARTS == 4:
+            gate = load_tile(base_ptr + CHANNELS, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+            output *= sigmoid(gate)
+        out_ptr = output_ptr + position * CHANNELS + head * WIDTH
+        store_tile(out_ptr, query, output, STEP * CHANNELS, LENGTH, WIDTH)
+        # -1e9 would swallow the logarithm; without any key, logits count from there
+        logsumexp = tl.log2(total) + tl.where(highest < 0.5 * MASKED, 0.0, highest)
+        lse_ptr = logsumexp_ptr + ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
+        tl.store(lse_ptr + query, logsumexp, mask=query < LENGTH)
+
+
+# Launch geometry ----------------------------------------------------------------------------------
+
+
+def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
+    """(projected, mask, bias) -> (output, logsumexp)."""
+    tiles = tiles or choose("forward", problem)
+    blocks = tiles.fit(problem.length)
+    programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])
+    shape = (*problem.shape[:3], *problem.shape[4:])
+    return Launch(
+        kernel=forward_kernel,
+        grid=(programs, cdiv(problem.groups, tiles.groups), problem.batch),
+        outputs=(Output(shape, problem.dtype), problem.statistics),
+        constants=problem.constants() | blocks | {"GROUPS_A_PROGRAM": tiles.groups},
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

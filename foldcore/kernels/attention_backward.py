@@ -1,0 +1,272 @@
+"""Gated self-attention with key mask and pair bias: the gradients.
+
+The weights come back from the saved logsumexp; the scores' gradients never leave the chip. Three
+facts keep traffic low. With o = attention, s = sigmoid(gate) and output y = o s, the gate's
+gradient dy o s (1 - s) is dy y (1 - s), and the row sums of do * o that softmax's gradient needs
+are those of dy * y: o is never read. A program that holds all keys of a group and head finishes
+the gradient of its queries tile by tile in the same pass. And the bias, shared by all groups,
+has a tile of its gradient stay on chip while its program walks through the groups.
+"""
+
+import triton
+import triton.language as tl
+
+from foldcore.kernels.attention import (
+    LOG2_E,
+    key_terms,
+    load_bias,
+    load_tile,
+    sigmoid,
+    store_tile,
+)
+from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.launch import Launch, Output, cdiv
+
+
+@triton.jit
+def load_output_grad(
+    grad_ptr,
+    gate_ptr,
+    rows,
+    STRIDE: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Gradient of what was gathered, before the gate."""
+    grad = load_tile(grad_ptr, rows, STRIDE, LIMIT, WIDTH, BLOCK_D)
+    if GATED:
+        gate = load_tile(gate_ptr, rows, GATE_STRIDE, LIMIT, WIDTH, BLOCK_D)
+        grad = (grad.to(tl.float32) * sigmoid(gate)).to(grad.dtype)
+    return grad
+
+
+@triton.jit
+def key_terms_of_group(
+    mask_ptr,
+    keys,
+    STEP: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+):
+    """``key_terms``, with logits of 0 where a group has no key at all, as its logsumexp has."""
+    every = tl.arange(0, BLOCK_ALL)
+    masks = tl.load(mask_ptr + every * STEP, mask=every < LENGTH, other=0.0)
+    factor, summand = key_terms(mask_ptr, keys, STEP, LENGTH)
+    empty = tl.max(masks, 0) + factor <= 0
+    return factor, tl.where(empty & (keys < LENGTH), 0.0, summand)
+
+
+@triton.jit
+def output_terms(
+    output_ptr,
+    grad_ptr,
+    gate_ptr,
+    gate_grad_ptr,
+    query,
+    STRIDE: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    GATE_GRAD_STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Gradient of what was gathered, its row sums with it; stores the gradient of the gate."""
+    y = load_tile(output_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    dy = load_tile(grad_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    product = y.to(tl.float32) * dy.to(tl.float32)
+    if GATED:
+        opened = sigmoid(load_tile(gate_ptr, query, GATE_STRIDE, LENGTH, WIDTH, BLOCK_D))
+        store_tile(gate_grad_ptr, query, product * (1 - opened), GATE_GRAD_STRIDE, LENGTH, WIDTH)
+        dy = (dy.to(tl.float32) * opened).to(dy.dtype)
+    return dy, tl.sum(product, 1)
+
+
+@triton.jit
+def whole_grad_kernel(
+    projected_ptr,  # [b s r parts h d]
+    mask_ptr,  # [b s r]
+    bias_ptr,  # [b h q k]
+    output_ptr,  # [b s r h d]
+    logsumexp_ptr,  # [b g h q]
+    grad_ptr,  # [b s r h d], of the output
+    projected_grad_ptr,  # [b s r parts h d]
+    delta_ptr,  # [b g h q], row sums of grad * output
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    GROUP_STEP: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All keys of one group and head on chip, over tiles of queries; scores are [keys, queries]."""
+    CHANNELS: tl.constexpr = HEADS * WIDTH
+    STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
+    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
+    head = tl.program_id(0)
+    group = tl.program_id(1)
+    batch = tl.program_id(2)
+    position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
+    base = position * (PARTS * CHANNELS) + head * WIDTH
+    shift = position * CHANNELS + head * WIDTH
+    bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    first_statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
+    K_PART: tl.constexpr = (PARTS - 2) * CHANNELS
+
+    key = tl.arange(0, BLOCK_K)
+    k = load_tile(projected_ptr + base + K_PART, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    v = load_tile(projected_ptr + base + K_PART + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    factor, summand = key_terms_of_group(mask_ptr + position, key, STEP, LENGTH, BLOCK_K)
+    k = (k.to(tl.float32) * factor[:, None]).to(k.dtype)  # a masked key's logits are fixed
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, LENGTH, BLOCK_Q):
+        query = start + tl.arange(0, BLOCK_Q)
+        inside = query < LENGTH
+        q = load_tile(projected_ptr + base, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        do, delta = output_terms(
+            output_ptr + shift,
+            grad_ptr + shift,
+            projected_ptr + base + CHANNELS,
+            projected_grad_ptr + base + CHANNELS,
+            query,
+            STEP * CHANNELS,
+            STRIDE,
+            STRIDE,
+            LENGTH,
+            WIDTH,
+            BLOCK_D,
+            PARTS == 4,
+        )
+        tl.store(delta_ptr + first_statistic + query, delta, mask=inside)
+        lse_ptr = logsumexp_ptr + first_statistic
+        logsumexp = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E)
+        logits += summand[:, None]
+        if HAS_BIAS:
+            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH, EVEN)
+            logits += bias * (factor * LOG2_E)[:, None]
+        weights = tl.exp2(logits - logsumexp[None, :])
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = (weights * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        store_tile(projected_grad_ptr + base, query, dq * SCALE, STRIDE, LENGTH, WIDTH)
+    dk *= (factor * SCALE)[:, None]
+    store_tile(projected_grad_ptr + base + K_PART, key, dk, STRIDE, LENGTH, WIDTH)
+    store_tile(projected_grad_ptr + base + K_PART + CHANNELS, key, dv, STRIDE, LENGTH, WIDTH)
+
+
+@triton.jit
+def bias_grad_kernel(
+    projected_ptr,  # [b s r parts h d]
+    mask_ptr,  # [b s r]
+    bias_ptr,  # [b h q k]
+    logsumexp_ptr,  # [b g h q]
+    delta_ptr,  # [b g h q]
+    grad_ptr,  # [b s r h d], of the output
+    bias_grad_ptr,  # [chunks b h q k] float32, to be summed
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    GROUP_STEP: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS_A_PROGRAM: tl.constexpr,
+):
+    """One tile of the bias, over a chunk of the groups."""
+    CHANNELS: tl.constexpr = HEADS * WIDTH
+    STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
+    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
+    tiles = tl.cdiv(LENGTH, BLOCK_K)
+    head = tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS
+    query = tile // tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    key = tile % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * GROUPS_A_PROGRAM
+    batch = tl.program_id(2)
+    bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
+    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for group in range(first, tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)):
+        position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
+        base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
+        k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+        statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH + query
+        q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        do = load_output_grad(
+            grad_ptr + position * CHANNELS + head * WIDTH,
+            base_ptr + CHANNELS,
+            query,
+            STEP * CHANNELS,
+            STRIDE,
+            LENGTH,
+            WIDTH,
+            BLOCK_D,
+            PARTS == 4,
+        )
+        logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
+        delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
+        factor, summand = key_terms(mask_ptr + position, key, STEP, LENGTH)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = logits * (factor * (SCALE * LOG2_E))[None, :] + summand[None, :]
+        # zero for masked keys even of a query without any: their logits are fixed
+        weights = tl.exp2(logits + bias * (factor * LOG2_E)[None, :] - logsumexp[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        total += weights * (dp - delta[:, None])
+    bias_grad_ptr += tl.program_id(1).to(tl.int64) * (tl.num_programs(2) * HEADS) * LENGTH * LENGTH
+    bias_grad_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    inside = (query < LENGTH)[:, None] & (key < LENGTH)[None, :]
+    tl.store(bias_grad_ptr + query[:, None] * LENGTH + key[None, :], total, mask=inside)
+
+
+# Launch geometry ----------------------------------------------------------------------------------
+
+
+def whole_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
+    """(projected, mask, bias, output, logsumexp, grad) -> (gradient of projected, delta)."""
+    tiles = tiles or choose("whole_grad", problem)
+    blocks = tiles.fit(problem.length)
+    return Launch(
+        kernel=whole_grad_kernel,
+        grid=(problem.heads, problem.groups, problem.batch),
+        outputs=(Output(problem.shape, problem.dtype), problem.statistics),
+        constants=problem.constants() | blocks,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def bias_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
+    """(projected, mask, bias, logsumexp, delta, grad) -> parts of the bias's gradient to sum."""
+    tiles = tiles or choose("bias_grad", problem)
+    blocks = tiles.fit(problem.length)
+    chunks = cdiv(problem.groups, tiles.groups)
+    shape = (chunks, problem.batch, problem.heads, problem.length, problem.length)
+    tile_count = cdiv(problem.length, blocks["BLOCK_Q"]) * cdiv(problem.length, blocks["BLOCK_K"])
+    return Launch(
+        kernel=bias_grad_kernel,
+        grid=(problem.heads * tile_count, chunks, problem.batch),
+        outputs=(Output(shape, "float32"),),
+        constants=problem.constants() | blocks | {"GROUPS_A_PROGRAM": tiles.groups},
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

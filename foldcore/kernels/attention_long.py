@@ -1,0 +1,212 @@
+"""Gradients of attention over more keys than one program holds: queries and keys apart.
+
+``attention_backward`` explains the method; here the weights are computed once for the gradients of
+queries and gate, and once more for those of keys and values.
+"""
+
+import triton
+import triton.language as tl
+
+from foldcore.kernels.attention import LOG2_E, key_terms, load_bias, load_tile, store_tile
+from foldcore.kernels.attention_backward import (
+    key_terms_of_group,
+    load_output_grad,
+    output_terms,
+)
+from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.launch import Launch, Output, cdiv, next_power_of_2
+
+
+@triton.jit
+def query_grad_kernel(
+    projected_ptr,  # [b s r parts h d]
+    mask_ptr,  # [b s r]
+    bias_ptr,  # [b h q k]
+    output_ptr,  # [b s r h d]
+    logsumexp_ptr,  # [b g h q]
+    grad_ptr,  # [b s r h d], of the output
+    query_grad_ptr,  # [b s r parts-2 h d], of query and gate
+    delta_ptr,  # [b g h q], row sums of grad * output
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    GROUP_STEP: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Where keys do not fit on chip: one tile of queries, over all keys."""
+    CHANNELS: tl.constexpr = HEADS * WIDTH
+    STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
+    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
+    OUT_STRIDE: tl.constexpr = STEP * (PARTS - 2) * CHANNELS
+    tiles = tl.cdiv(LENGTH, BLOCK_Q)
+    head = tl.program_id(0) // tiles
+    query = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    group = tl.program_id(1)
+    batch = tl.program_id(2)
+    position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
+    base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
+    bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    query_grad_ptr += position * ((PARTS - 2) * CHANNELS) + head * WIDTH
+    statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH + query
+    inside = query < LENGTH
+
+    q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    do, delta = output_terms(
+        output_ptr + position * CHANNELS + head * WIDTH,
+        grad_ptr + position * CHANNELS + head * WIDTH,
+        base_ptr + CHANNELS,
+        query_grad_ptr + CHANNELS,
+        query,
+        STEP * CHANNELS,
+        STRIDE,
+        OUT_STRIDE,
+        LENGTH,
+        WIDTH,
+        BLOCK_D,
+        PARTS == 4,
+    )
+    tl.store(delta_ptr + statistic, delta, mask=inside)
+    logsumexp = tl.load(logsumexp_ptr + statistic, mask=inside, other=float("inf"))
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in range(0, LENGTH, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+        k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        factor, summand = key_terms(mask_ptr + position, key, STEP, LENGTH)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = logits * (factor * (SCALE * LOG2_E))[None, :] + summand[None, :]
+        if HAS_BIAS:
+            bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
+            logits += bias * (factor * LOG2_E)[None, :]
+        # zero for masked keys even of a query without any: their logits are fixed
+        weights = tl.exp2(logits - logsumexp[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = (weights * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
+    store_tile(query_grad_ptr, query, dq * SCALE, OUT_STRIDE, LENGTH, WIDTH)
+
+
+@triton.jit
+def key_value_grad_kernel(
+    projected_ptr,  # [b s r parts h d]
+    mask_ptr,  # [b s r]
+    bias_ptr,  # [b h q k]
+    logsumexp_ptr,  # [b g h q]
+    delta_ptr,  # [b g h q], row sums of grad * output
+    grad_ptr,  # [b s r h d], of the output
+    key_value_grad_ptr,  # [b s r 2 h d]
+    SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    GROUP_STEP: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+):
+    """One tile of keys, over all queries; scores are [keys, queries]."""
+    CHANNELS: tl.constexpr = HEADS * WIDTH
+    STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
+    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
+    tiles = tl.cdiv(LENGTH, BLOCK_K)
+    head = tl.program_id(0) // tiles
+    key = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    group = tl.program_id(1)
+    batch = tl.program_id(2)
+    position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
+    base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
+    bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    first_statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
+
+    k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+    k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    factor, summand = key_terms_of_group(mask_ptr + position, key, STEP, LENGTH, BLOCK_ALL)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in range(0, LENGTH, BLOCK_Q):
+        query = start + tl.arange(0, BLOCK_Q)
+        q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        do = load_output_grad(
+            grad_ptr + position * CHANNELS + head * WIDTH,
+            base_ptr + CHANNELS,
+            query,
+            STEP * CHANNELS,
+            STRIDE,
+            LENGTH,
+            WIDTH,
+            BLOCK_D,
+            PARTS == 4,
+        )
+        statistic = first_statistic + query
+        logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
+        delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee")
+        logits = logits * (factor * (SCALE * LOG2_E))[:, None] + summand[:, None]
+        if HAS_BIAS:
+            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH, EVEN)
+            logits += bias * (factor * LOG2_E)[:, None]
+        weights = tl.exp2(logits - logsumexp[None, :])
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = (weights * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+    dk *= (factor * SCALE)[:, None]  # a masked key's logits are fixed
+    out_ptr = key_value_grad_ptr + position * (2 * CHANNELS) + head * WIDTH
+    store_tile(out_ptr, key, dk, STEP * 2 * CHANNELS, LENGTH, WIDTH)
+    store_tile(out_ptr + CHANNELS, key, dv, STEP * 2 * CHANNELS, LENGTH, WIDTH)
+
+
+# Launch geometry ----------------------------------------------------------------------------------
+
+
+def query_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
+    """(projected, mask, bias, output, logsumexp, grad) -> (gradient of query and gate, delta)."""
+    tiles = tiles or choose("query_grad", problem)
+    blocks = tiles.fit(problem.length)
+    shape = (*problem.shape[:3], problem.parts - 2, *problem.shape[4:])
+    return Launch(
+        kernel=query_grad_kernel,
+        grid=(
+            problem.heads * cdiv(problem.length, blocks["BLOCK_Q"]),
+            problem.groups,
+            problem.batch,
+        ),
+        outputs=(Output(shape, problem.dtype), problem.statistics),
+        constants=problem.constants() | blocks,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def key_value_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
+    """(projected, mask, bias, logsumexp, delta, grad) -> gradient of key and value."""
+    tiles = tiles or choose("key_value_grad", problem)
+    blocks = tiles.fit(problem.length)
+    shape = (*problem.shape[:3], 2, *problem.shape[4:])
+    every = {"BLOCK_ALL": max(16, next_power_of_2(problem.length))}
+    return Launch(
+        kernel=key_value_grad_kernel,
+        grid=(
+            problem.heads * cdiv(problem.length, blocks["BLOCK_K"]),
+            problem.groups,
+            problem.batch,
+        ),
+        outputs=(Output(shape, problem.dtype),),
+        constants=problem.constants() | blocks | every,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

@@ -1,0 +1,117 @@
+"""What an attention kernel works on, and the sizes of its launches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from foldcore.kernels.launch import Output, next_power_of_2
+
+WHOLE_LIMIT = 256  # most keys that one backward program holds on chip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The projections' shape [b s r parts h d] and what goes with them.
+
+    ``axis`` 2 attends along rows, 1 along columns. dtypes are names, such as "bfloat16".
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    scale: float
+    dtype: str
+    has_bias: bool
+    architecture: int
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.shape[3 - self.axis]
+
+    @property
+    def length(self) -> int:
+        return self.shape[self.axis]
+
+    @property
+    def parts(self) -> int:
+        return self.shape[3]
+
+    @property
+    def heads(self) -> int:
+        return self.shape[4]
+
+    @property
+    def width(self) -> int:
+        return self.shape[5]
+
+    @property
+    def padded_width(self) -> int:
+        """The least that the tensor cores take."""
+        return max(16, next_power_of_2(self.width))
+
+    @property
+    def whole(self) -> bool:
+        """One backward program holds all keys, and so needs no second pass for the queries."""
+        return self.length <= WHOLE_LIMIT
+
+    @property
+    def statistics(self) -> Output:
+        """One number for each query."""
+        return Output((self.batch, self.groups, self.heads, self.length), "float32")
+
+    def constants(self) -> dict[str, Any]:
+        """What every kernel is told."""
+        columns = self.shape[2]
+        return {
+            "SCALE": self.scale,
+            "GROUPS": self.groups,
+            "LENGTH": self.length,
+            "GROUP_STEP": columns if self.axis == 2 else 1,
+            "STEP": 1 if self.axis == 2 else columns,
+            "PARTS": self.parts,
+            "HEADS": self.heads,
+            "WIDTH": self.width,
+            "BLOCK_D": self.padded_width,
+            "HAS_BIAS": self.has_bias,
+        }
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of a launch: at most so many queries and keys a tile, groups a program."""
+
+    queries: int
+    keys: int
+    groups: int
+    num_warps: int
+    num_stages: int
+
+    def fit(self, length: int) -> dict[str, int]:
+        """The tile for this length; the tensor cores take at least 16 by 16."""
+        padded = max(16, next_power_of_2(length))
+        return {"BLOCK_Q": min(self.queries, padded), "BLOCK_K": min(self.keys, padded)}
+
+
+# Where no measured row fits: small enough for the registers of any GPU.
+_DEFAULT = {
+    "forward": Tiles(64, 64, 1, 4, 2),
+    "query_grad": Tiles(64, 64, 1, 4, 2),
+    "key_value_grad": Tiles(32, 64, 1, 4, 2),
+    "whole_grad": Tiles(32, 256, 1, 8, 2),
+    "bias_grad": Tiles(64, 64, 16, 4, 2),
+}
+# (kernel, keys up to, padded head width) -> sizes, by architecture
+_MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {90: {}}
+
+
+def choose(kernel: str, problem: Problem) -> Tiles:
+    """The sizes measured to be best for this kernel and class of shapes."""
+    table = _MEASURED.get(problem.architecture, {})
+    if problem.dtype == "bfloat16":
+        for limit in (128, 256, 512):
+            found = table.get((kernel, limit, problem.padded_width))
+            if found and problem.length <= limit:
+                return found
+    return _DEFAULT[kernel]
