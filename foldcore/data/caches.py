@@ -1,12 +1,16 @@
 """The optional tables beside a data set: what is known of a chain without opening its files.
 
 All of them are optional: ``chain_data_cache.json``, ``mmcif_cache.json``, cluster files by chain or
-by entity, ``duplicate_pdb_chains.txt``, ``index.tsv`` and ``split.tsv``.
+by entity, ``duplicate_pdb_chains.txt``, ``index.tsv``, ``split.tsv``, ``chains.csv`` (the processed
+form of MLPerf HPC).
 """
 
+import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,7 @@ def read_caches(root: str | Path) -> Caches:
     """Read whichever tables lie in ``root``; a malformed one is a :class:`DataError`."""
     root = Path(root)
     caches = Caches(
-        chains={**_mmcif_cache(root), **_chain_data_cache(root)},
+        chains={**_chains_csv(root), **_mmcif_cache(root), **_chain_data_cache(root)},
         clusters_by_chain=_clusters(root / "clusters-by-chain-40.txt"),
         clusters_by_entity=_clusters(root / "clusters-by-entity-40.txt"),
         duplicates=[words for _, words in _lines(root / "duplicate_pdb_chains.txt")],
@@ -102,6 +106,29 @@ def _mmcif_cache(root: Path) -> dict[str, ChainInfo]:
                 chains[normal_id(f"{name}_{chain}")] = ChainInfo(str(sequence), resolution, date)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(path, None, f"{name}: not an entry record ({error!r})") from None
+    return chains
+
+
+def _chains_csv(root: Path) -> dict[str, ChainInfo]:
+    path = root / "chains.csv"
+    if not path.is_file():
+        return {}
+    chains = {}
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.DictReader(file))
+    sizes = Counter(row.get("pdb_cluster_id") for row in rows)
+    for number, row in enumerate(rows, 2):
+        try:
+            resolution = _number(row["resolution"] or None)
+            cluster = row["pdb_cluster_id"]  # -1 = in no cluster
+            chains[normal_id(row["pdb_chain_id"])] = ChainInfo(
+                sequence=row["sequence"],
+                resolution=None if resolution is None or isnan(resolution) else resolution,
+                release_date=row["release_date"] or None,
+                cluster_size=None if cluster in ("", "-1") else sizes[cluster],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(path, number, f"not a chain record ({error!r})") from None
     return chains
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -12,14 +13,17 @@ from jaxtyping import Float, Int32
 from foldcore import constants
 from foldcore.config import DataConfig
 from foldcore.data import templates
-from foldcore.data.caches import read_caches
+from foldcore.data.caches import Caches, ChainInfo, read_caches
 from foldcore.data.hhr import read_hhr
-from foldcore.data.join import Record, describe, find_entities, join, make_record, rejection
+from foldcore.data.hits import PackedTemplates, choose_hits
+from foldcore.data.join import Place, Record, describe, find_entities, join, make_record, rejection
 from foldcore.data.layout import alignment_files, find_layout
 from foldcore.data.mmcif import Chain, Structure, read_structure
 from foldcore.data.msa import Msa, merge, read_msa
 from foldcore.data.report import Report
 from foldcore.data.sampler import Source
+from foldcore.data.scan import scan
+from foldcore.data.store import Store, is_store
 from foldcore.data.transforms import RawExample
 from foldcore.errors import DataError
 
@@ -44,14 +48,12 @@ class Dataset:
     ) -> None:
         self.config = config
         self.distillation = distillation
-        self.layout = find_layout(path)
+        self.store = Store(path) if is_store(path) else None
+        self.layout = self.store.layout() if self.store else find_layout(path)
         self.report = Report(self.layout.root)
         self._structures = _Cache[Structure](cache_bytes)
         self._raws = _Cache[RawExample](cache_bytes)
-        caches = read_caches(self.layout.root)
-        places = join(self.layout, caches, self.report)
-        infos = describe(places, caches, self.report, self.structure)
-        find_entities(self.layout, caches, places)
+        places, infos, caches = self._join()
         self.records: dict[str, Record] = {}
         for chain_id, info in sorted(infos.items()):
             if broken := rejection(info, config, distillation):
@@ -73,6 +75,17 @@ class Dataset:
         state["report"] = Report(self.layout.root)
         return state
 
+    def _join(self) -> tuple[dict[str, Place], dict[str, ChainInfo], Caches]:
+        """Every chain with a structure and an alignment, and what is known of it."""
+        if self.store:
+            self.store.check_rows(self.config.max_msa_rows)
+            return self.store.joined(self.report)
+        caches = read_caches(self.layout.root)
+        places = join(self.layout, caches, self.report)
+        infos = describe(places, caches, self.report, partial(scan, read=self.structure))
+        find_entities(self.layout, caches, places)
+        return places, infos, caches
+
     def weights(self, chains: Sequence[str] | None = None) -> Float[np.ndarray, " n"]:
         """Probability that an epoch keeps each chain (supplement 1.2.5; by default of all)."""
         records = [self.records[c] for c in (self.chains if chains is None else chains)]
@@ -88,6 +101,8 @@ class Dataset:
 
     def structure(self, entry: str) -> Structure:
         """A parsed entry, by its id in lower case."""
+        if self.store:
+            return self.store.structures.structure(entry)
         if entry not in self.layout.structures:
             raise DataError(self.layout.root, None, f"no structure of entry {entry!r}")
         path = self.layout.structures[entry]
@@ -95,17 +110,15 @@ class Dataset:
 
     def raw(self, chain_id: str) -> RawExample:
         """One whole chain, parsed now or remembered; :class:`DataError` names the file at fault."""
+        if self.store:
+            return self._unpack(self.store, chain_id)
         return self._raws.get(chain_id, lambda: self._read(chain_id), _raw_bytes)
 
     def _read(self, chain_id: str) -> RawExample:
         record = self.records[chain_id]
         structure = self.structure(record.place.entry)
-        if structure.warnings:
-            what = "departures from the structure file"
-            self.report.note(what, chain_id, len(structure.warnings))
         chain = _chain(structure, record.place.chain)
-        if self.distillation:
-            chain = _confident(chain, self.config.distillation_min_plddt, structure.path)
+        structure, chain = self._finish_chain(chain_id, structure, chain)
         msas, hits = alignment_files(record.place.folder)
         msa = self._msa(chain_id, chain, msas)
         return RawExample(
@@ -121,13 +134,72 @@ class Dataset:
             is_distillation=self.distillation,
         )
 
+    def _unpack(self, store: Store, chain_id: str) -> RawExample:
+        """One whole chain of a packed store; its templates are read when they are chosen."""
+        record = self.records[chain_id]
+        structure, chain = self._finish_chain(chain_id, *store.chain(record.place))
+        msa = store.alignment(record.place, chain.sequence, self.config.max_msa_rows)
+        self._note_left_out(chain_id, msa.left_out)
+        return RawExample(
+            chain_id=chain_id,
+            aatype=_aatype(chain.sequence),
+            residue_index=chain.residue_index,
+            positions=chain.positions,
+            mask=chain.mask,
+            msa=msa.rows,
+            deletions=msa.deletions,
+            profile=msa.profile,
+            templates=self._packed_templates(store, chain_id, structure, chain),
+            resolution=structure.resolution,
+            is_distillation=self.distillation,
+        )
+
+    def _packed_templates(
+        self, store: Store, chain_id: str, structure: Structure, chain: Chain
+    ) -> PackedTemplates:
+        length = len(chain.sequence)
+        if not self.config.num_templates:
+            return PackedTemplates([], length, store.structures.chain)
+        place = self.records[chain_id].place
+        chosen, rules = choose_hits(
+            store.hits(place, length),
+            place.entry,
+            self._cutoff_date(chain_id, structure),
+            self.config.accept_unknown,
+            self.config.max_template_hits,
+        )
+        self._note_hits(chain_id, rules)
+        return PackedTemplates(chosen, length, store.structures.chain)
+
+    def _finish_chain(
+        self, chain_id: str, structure: Structure, chain: Chain
+    ) -> tuple[Structure, Chain]:
+        if structure.warnings:
+            what = "departures from the structure file"
+            self.report.note(what, chain_id, len(structure.warnings))
+        if self.distillation:
+            chain = _confident(chain, self.config.distillation_min_plddt, structure.path)
+        return structure, chain
+
+    def _cutoff_date(self, chain_id: str, structure: Structure) -> str:
+        """Templates must have been released before this date, YYYY-MM-DD."""
+        date = structure.release_date or self.records[chain_id].release_date
+        return date or self.config.max_template_date
+
+    def _note_left_out(self, chain_id: str, rows: int) -> None:
+        if rows:
+            self.report.note("alignment rows beyond data.max_msa_rows", chain_id, rows)
+
+    def _note_hits(self, chain_id: str, rules: Counter[str]) -> None:
+        for rule, count in rules.items():
+            self.report.note(f"template hits not used: {rule}", chain_id, count)
+
     def _msa(self, chain_id: str, chain: Chain, paths: list[str]) -> Msa:
         if not paths:
             folder = self.records[chain_id].place.folder
             raise DataError(folder, None, "no alignment (.a3m or .sto) in this folder")
         msa = merge([read_msa(path, self.config.max_msa_rows) for path in paths], chain.sequence)
-        if msa.left_out:
-            self.report.note("alignment rows beyond data.max_msa_rows", chain_id, msa.left_out)
+        self._note_left_out(chain_id, msa.left_out)
         return msa
 
     def _templates(
@@ -141,13 +213,12 @@ class Dataset:
             [hit for path in paths for hit in read_hhr(path)],
             chain.sequence,
             record.place.entry,
-            structure.release_date or record.release_date or self.config.max_template_date,
+            self._cutoff_date(chain_id, structure),
             self._template_chain,
             self.config.accept_unknown,
             max_templates=self.config.max_template_hits,
         )
-        for rule, count in Counter(reject.rule for reject in rejects).items():
-            self.report.note(f"template hits not used: {rule}", chain_id, count)
+        self._note_hits(chain_id, Counter(reject.rule for reject in rejects))
         return templates.stack_templates(found, len(found), length)
 
     def _template_chain(self, pdb_id: str, chain_id: str) -> tuple[Structure, Chain]:

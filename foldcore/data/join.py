@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from foldcore.config import DataConfig
 from foldcore.data.caches import Caches, ChainInfo
 from foldcore.data.layout import Layout, normal_id
-from foldcore.data.mmcif import Structure
 from foldcore.data.report import EXAMPLES_SHOWN, Report
-from foldcore.data.scan import entity_ids, progress, scan
+from foldcore.data.scan import entity_ids, progress
 from foldcore.errors import DataError
 
 # The rules under which the report counts what is not trained on.
@@ -62,15 +61,15 @@ def describe(
     places: Mapping[str, Place],
     caches: Caches,
     report: Report,
-    read: Callable[[str], Structure],
+    scan: Callable[[Iterable[str]], Iterable[tuple[str, dict[str, ChainInfo] | DataError]]],
 ) -> dict[str, ChainInfo]:
-    """What is known of each joined chain: from the tables, else from one scan of the files."""
+    """What is known of each joined chain: from the tables, else from one scan of its entry."""
     infos = {c: caches.chains[c] for c in places if c in caches.chains}
     missing: dict[str, dict[str, str]] = {}  # entry -> chain -> chain id
     for chain_id, place in places.items():
         if chain_id not in infos:
             missing.setdefault(place.entry, {})[place.chain] = chain_id
-    for entry, found in scan(missing, read):
+    for entry, found in scan(missing):
         wanted = missing[entry]
         if isinstance(found, DataError):
             for chain_id in wanted.values():

@@ -73,10 +73,11 @@ def alignment_files(folder: str) -> tuple[list[str], list[str]]:
                 found[name] = entry.path
     msas = [n for n in found if n.endswith((".a3m", ".sto")) and n not in NOT_AN_MSA]
     hits = sorted(n for n in found if n.endswith(".hhr"))
-    return [found[n] for n in sorted(msas, key=_database)], [found[n] for n in hits]
+    return [found[n] for n in sorted(msas, key=database_rank)], [found[n] for n in hits]
 
 
-def _database(name: str) -> tuple[int, str]:
+def database_rank(name: str) -> tuple[int, str]:
+    """Sort key that puts alignment files in stacking order."""
     for rank, words in enumerate(DATABASES):
         if any(word in name.lower() for word in words):
             return rank, name
@@ -86,15 +87,15 @@ def _database(name: str) -> tuple[int, str]:
 def _structures(root: Path) -> Iterator[tuple[str, str]]:
     for folder in STRUCTURE_FOLDERS:
         for entry in _list(root / folder):
-            if stem := _stem(entry.name):
+            if stem := structure_stem(entry.name):
                 yield stem, entry.path
             elif folder != "pdb" and len(entry.name) == 2 and entry.is_dir():
                 for file in _list(Path(entry.path)):
-                    if stem := _stem(file.name):
+                    if stem := structure_stem(file.name):
                         yield stem, file.path
 
 
-def _stem(name: str) -> str:
+def structure_stem(name: str) -> str:
     """Entry id of a structure file, lower case; "" for any other file."""
     stem, suffix = os.path.splitext(name.removesuffix(".gz"))
     if suffix == ".ent" and stem.startswith("pdb"):

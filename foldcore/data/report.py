@@ -2,9 +2,21 @@
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 EXAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An input that is not in the store: the file (and line), what it was to be, and why."""
+
+    file: str
+    line: int | None
+    subject: str  # chain or entry
+    rule: str
+    reason: str
 
 
 class Report:

@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 def chain_infos(structure: Structure) -> dict[str, ChainInfo]:
     """What a parsed entry says of each of its chains."""
-    is_nmr = "NMR" in structure.method
-    resolution = structure.resolution or (0.0 if is_nmr else None)
-    date = structure.release_date or None
-    return {
-        name: ChainInfo(chain.sequence, resolution, date)
-        for name, chain in structure.chains.items()
-    }
+    return {name: chain_info(structure, c.sequence) for name, c in structure.chains.items()}
+
+
+def chain_info(structure: Structure, sequence: str) -> ChainInfo:
+    """What an entry says of one of its chains."""
+    resolution = structure.resolution or (0.0 if "NMR" in structure.method else None)
+    return ChainInfo(sequence, resolution, structure.release_date or None)
 
 
 def scan(
@@ -37,12 +37,12 @@ def scan(
             yield entry, error
 
 
-def entity_ids(path: str, entry: str) -> dict[str, str]:
+def entity_ids(path: str, entry: str, data: bytes | None = None) -> dict[str, str]:
     """Author chain id -> ``1ABC_1`` of an mmCIF file, as RCSB's cluster files name entities."""
     if not path.removesuffix(".gz").endswith(".cif"):
         return {}
     try:
-        block = gemmi.cif.read_string(read_text(path)).sole_block()
+        block = gemmi.cif.read_string(read_text(path, data)).sole_block()
     except (RuntimeError, ValueError) as error:
         raise DataError(path, None, f"not readable as mmCIF: {error}") from None
     rows = block.find("_entity_poly.", ["entity_id", "pdbx_strand_id"])

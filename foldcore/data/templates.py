@@ -58,7 +58,7 @@ class Reject:
     )
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """The rule by which a hit cannot be a template, and the particulars."""
 
     def __init__(self, rule: str, reason: str) -> None:
@@ -89,79 +89,109 @@ def resolve_hits(
         if len(templates) >= max_templates:
             break
         try:
-            _check_hit(hit, query_sequence, query_pdb_id)
+            check_hit(hit, query_sequence, query_pdb_id)
             structure, chain = get_chain(hit.pdb_id, hit.chain_id)
             _check_structure(structure, chain, query_pdb_id, cutoff_date, accept_unknown)
             templates.append(_make_template(hit, query_sequence, chain))
-        except _Unusable as error:
+        except Unusable as error:
             rejects.append(Reject(hit.name.partition(" ")[0], str(error), error.rule))
         except DataError as error:
             rejects.append(Reject(hit.name.partition(" ")[0], str(error), "unreadable"))
     return templates, rejects
 
 
-def _check_hit(hit: TemplateHit, query_sequence: str, query_pdb_id: str) -> None:
+def check_hit(hit: TemplateHit, query_sequence: str, query_pdb_id: str) -> None:
     """Filters that need no structure."""
     if not hit.pdb_id:
-        raise _Unusable("unreadable", "its name is not <pdb id>_<chain>")
+        raise Unusable("unreadable", "its name is not <pdb id>_<chain>")
     if hit.pdb_id == query_pdb_id.lower():
-        raise _Unusable("own_entry", "the query's own entry")
+        raise Unusable("own_entry", "the query's own entry")
     align_ratio = hit.aligned_cols / len(query_sequence)
     if align_ratio <= MIN_ALIGN_RATIO:
-        raise _Unusable(
+        raise Unusable(
             "coverage",
             f"aligned to {align_ratio:.3f} of the query; more than {MIN_ALIGN_RATIO} needed",
         )
     sequence = hit.hit_sequence.replace("-", "")
     if sequence in query_sequence and len(sequence) > MAX_SUBSEQUENCE_RATIO * len(query_sequence):
-        raise _Unusable(
+        raise Unusable(
             "subsequence", f"identical with more than {MAX_SUBSEQUENCE_RATIO} of the query"
         )
     if len(sequence) < MIN_HIT_LENGTH:
-        raise _Unusable("length", f"{len(sequence)} residues; at least {MIN_HIT_LENGTH} needed")
+        raise Unusable("length", f"{len(sequence)} residues; at least {MIN_HIT_LENGTH} needed")
 
 
 def _check_structure(
     structure: Structure, chain: Chain, query_pdb_id: str, cutoff_date: str, accept_unknown: bool
 ) -> None:
     if structure.pdb_id == query_pdb_id.lower():
-        raise _Unusable("own_entry", "the query's own entry")
+        raise Unusable("own_entry", "the query's own entry")
     if not structure.release_date and not accept_unknown:
-        raise _Unusable("date", "its release date is unknown")
+        raise Unusable("date", "its release date is unknown")
     if structure.release_date >= cutoff_date:  # an unknown date, "", is before any other
-        raise _Unusable("date", f"released {structure.release_date}; before {cutoff_date} needed")
+        raise Unusable("date", f"released {structure.release_date}; before {cutoff_date} needed")
+    check_distances(chain)
+
+
+def check_distances(chain: Chain) -> None:
+    """Neighbours in a chain must be near each other."""
     resolved = chain.mask[:, _CA] > 0
     neighbours = resolved[1:] & resolved[:-1]
     steps = np.linalg.norm(np.diff(chain.positions[:, _CA], axis=0), axis=1)
     if (neighbours & (steps > MAX_CA_CA_DISTANCE)).any():
-        raise _Unusable(
+        raise Unusable(
             "distance", f"neighbouring CA atoms more than {MAX_CA_CA_DISTANCE} angstrom apart"
         )
 
 
 def _make_template(hit: TemplateHit, query_sequence: str, chain: Chain) -> Template:
+    in_query, in_chain = align_hit(hit, query_sequence, chain)
+    return place_template(
+        f"{hit.pdb_id}_{hit.chain_id}",
+        hit.sum_probs,
+        len(query_sequence),
+        chain,
+        in_query,
+        in_chain,
+    )
+
+
+def align_hit(
+    hit: TemplateHit, query_sequence: str, chain: Chain
+) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+    """Aligned residues of the query, and those of the template's chain opposite to them."""
     columns = (hit.indices_query >= 0) & (hit.indices_hit >= 0)
     in_query = hit.indices_query[columns] + _query_offset(hit, query_sequence)
     in_chain = _locate(hit, chain.sequence)[columns]
     in_query, in_chain = in_query[in_chain >= 0], in_chain[in_chain >= 0]
-    aatype = np.full(len(query_sequence), constants.gap_code, np.int32)
-    positions = np.zeros((len(query_sequence), 37, 3), np.float32)
-    mask = np.zeros((len(query_sequence), 37), np.float32)
+    if (atoms := chain.mask[in_chain].sum()) < MIN_ATOMS:
+        raise Unusable("atoms", f"{int(atoms)} resolved atoms in the alignment; {MIN_ATOMS} needed")
+    return in_query, in_chain
+
+
+def place_template(
+    name: str,
+    sum_probs: float,
+    length: int,
+    chain: Chain,
+    in_query: Int32[np.ndarray, " n"],
+    in_chain: Int32[np.ndarray, " n"],
+) -> Template:
+    """The template's residues at those of a query of ``length`` residues."""
+    aatype = np.full(length, constants.gap_code, np.int32)
+    positions = np.zeros((length, 37, 3), np.float32)
+    mask = np.zeros((length, 37), np.float32)
     codes = [constants.restype_order.get(c, constants.unknown_restype) for c in chain.sequence]
     aatype[in_query] = np.array(codes)[in_chain]
     positions[in_query], mask[in_query] = chain.positions[in_chain], chain.mask[in_chain]
-    if mask.sum() < MIN_ATOMS:
-        raise _Unusable(
-            "atoms", f"{int(mask.sum())} resolved atoms in the alignment; {MIN_ATOMS} needed"
-        )
-    return Template(f"{hit.pdb_id}_{hit.chain_id}", aatype, positions, mask, hit.sum_probs)
+    return Template(name, aatype, positions, mask, sum_probs)
 
 
 def _query_offset(hit: TemplateHit, query_sequence: str) -> int:
     """How far the query is shifted against the sequence that was searched with."""
     shift = _shift(hit.query, hit.indices_query, query_sequence)
     if shift is None:
-        raise _Unusable("sequence", "the aligned query is not the query's sequence")
+        raise Unusable("sequence", "the aligned query is not the query's sequence")
     return shift
 
 
@@ -192,7 +222,7 @@ def _shift(aligned: str, indices: Int32[np.ndarray, " a"], sequence: str) -> int
 def _realign(piece: str, sequence: str) -> Int32[np.ndarray, " n"]:
     """Position in ``sequence`` of each residue of ``piece`` (Needleman-Wunsch); -1: a gap."""
     if len(piece) * len(sequence) > _MAX_ALIGNMENT_CELLS:
-        raise _Unusable(
+        raise Unusable(
             "sequence", "the structure's sequence differs, and is too long to align again"
         )
     scoring = gemmi.AlignmentScoring()
@@ -202,9 +232,7 @@ def _realign(piece: str, sequence: str) -> Int32[np.ndarray, " n"]:
     result = gemmi.align_string_sequences(list(sequence), list(piece), openings, scoring)
     identity = result.match_count / min(len(piece), len(sequence))
     if identity < MIN_REALIGNED_IDENTITY:
-        raise _Unusable(
-            "sequence", f"the structure's sequence is another: {identity:.2f} identical"
-        )
+        raise Unusable("sequence", f"the structure's sequence is another: {identity:.2f} identical")
     gapped = (result.add_gaps(sequence, 1), result.add_gaps(piece, 2))
     of_sequence, of_piece = (np.array(list(letters)) != "-" for letters in gapped)
     return np.where(of_sequence, np.cumsum(of_sequence) - 1, -1)[of_piece].astype(np.int32)

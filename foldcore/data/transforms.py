@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Integer, Shaped, UInt8
 
 from foldcore.config import DataConfig
 from foldcore.data import crop, msa_features
+from foldcore.data.hits import count_templates, pick_templates
 from foldcore.data.labels import make_labels, pseudo_beta
 from foldcore.features import FEATURES, RECYCLE_SLOTS, dimensions
 
@@ -48,6 +49,7 @@ class RawExample:
     msa: UInt8[np.ndarray, "n r"]  # codes 0..21, duplicates removed; row 0 is the chain
     deletions: Integer[np.ndarray, "n r"]  # letters deleted before each column
     templates: Mapping[str, np.ndarray]  # template_* arrays of candidates, best first
+    profile: Float[np.ndarray, "r 22"] | None = None  # share of each code, where it is counted
     resolution: float  # angstrom; 0 = unknown, NMR or distillation
     is_distillation: bool = False
 
@@ -84,9 +86,9 @@ def make_example(
     clamped = crop.is_clamped(config.unclamped_fraction, draw("clamp"), training)
     start = crop.crop_start(len(raw.aatype), config.crop_size, clamped, draw("crop"), training)
     window = slice(start, start + config.crop_size)
-    candidates = min(len(raw.templates["template_aatype"]), config.max_template_hits)
+    candidates = min(count_templates(raw.templates), config.max_template_hits)
     chosen = crop.choose_templates(candidates, config.num_templates, draw("templates"), training)
-    profile = msa_features.alignment_profile(raw.msa)
+    profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
     samples = [
         _msa_sample(raw, profile, window, config, partial(draw, slot=slot), training)
         for slot in range(RECYCLE_SLOTS)
@@ -133,16 +135,13 @@ def template_features(
     templates: Mapping[str, np.ndarray], chosen: Int[np.ndarray, "t"], window: slice
 ) -> dict[str, np.ndarray]:
     """The chosen templates inside the crop."""
-    aatype, positions, masks = (templates[k][chosen][:, window] for k in _TEMPLATE_KEYS[:3])
-    beta, beta_mask = pseudo_beta(aatype, positions, masks)
+    picked = pick_templates(templates, chosen, window)
+    beta, beta_mask = pseudo_beta(*(picked[k] for k in _TEMPLATE_KEYS[:3]))
     return {
-        "template_aatype": aatype,
-        "template_all_atom_positions": positions,
-        "template_all_atom_masks": masks,
+        **picked,
         "template_pseudo_beta": beta,
         "template_pseudo_beta_mask": beta_mask,
         "template_mask": np.ones(len(chosen)),
-        "template_sum_probs": templates["template_sum_probs"][chosen],
     }
 
 
