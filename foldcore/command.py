@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from foldcore.checkpoint import CheckpointError
 from foldcore.config import Config, ConfigError, dumps, load
+from foldcore.data.ledger import LedgerError
 from foldcore.data.loader import LoaderError
-from foldcore.data.worker import WorkerError
+from foldcore.data.pool import WorkerError
+from foldcore.data.slots import SlotsError
 from foldcore.deepmind import ParameterFileError
 from foldcore.errors import DataError
 from foldcore.layout import LayoutError
@@ -19,6 +21,8 @@ USER_ERRORS = (
     DataError,
     LoaderError,
     WorkerError,
+    SlotsError,
+    LedgerError,
     CheckpointError,
     LayoutError,
     ParameterFileError,

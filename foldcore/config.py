@@ -106,6 +106,10 @@ class DataConfig:
     min_length: int = 10  # residues
     workers: int = 4  # loader processes; 0 prepares in the training process
     prefetch: int = 16  # batches prepared ahead
+    ordered: bool = False  # wait for slow examples, so that the order is always the plan's
+    reorder_window: int = 1024  # examples of a rank that may overtake a slow one
+    example_timeout: float = 600.0  # seconds, after which a loader process counts as hung
+    replay: str = ""  # a run folder: take the examples that its ledger lists
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,6 +127,8 @@ class DataConfig:
         for name in ("num_extra_msa", "num_templates", "workers"):
             _check_range(self, name, 0, 1_000_000)
         _check_range(self, "prefetch", 1, 10_000)
+        _check_range(self, "reorder_window", 1, 1_000_000)
+        _check_range(self, "example_timeout", 0.01, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

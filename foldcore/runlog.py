@@ -3,6 +3,8 @@
     config.toml      everything that identifies the run
     metrics.jsonl    one row a log step and an evaluation; cut back to the checkpoint on resume
     tensorboard/     the same numbers as TensorBoard events
+    ledger/          which examples each step took (see docs/loader.md)
+    quarantine.jsonl examples that ended their loader process, if any did
     run.log          every line printed, with its time
     data_report.tsv  what became of every chain of the data set
     checkpoints/     see foldcore/checkpoint.py
@@ -38,7 +40,8 @@ from foldcore.data.loader import Loader
 # Data may move; the loader refuses other chains.
 FREE_FIELDS = frozenset(
     "train.out train.name train.steps train.log_every train.eval_every train.save_every train.keep "
-    "data.path data.distillation_path data.workers data.prefetch".split()
+    "data.path data.distillation_path data.workers data.prefetch data.ordered data.reorder_window "
+    "data.example_timeout data.replay".split()
 )
 SHOWN = {  # of a row, on the terminal
     "loss/total": "loss {:.4g}",
@@ -136,15 +139,15 @@ class RunLog:
             if (summary := dataset.report.summary()) not in self._said:
                 self._said.add(summary)
                 self.say(summary)
+        if summary := loader.incidents.summary():
+            self.say(summary)
 
-    def keep_batch(self, loader: Loader, step: int, batch_size: int) -> Path:
-        """Rebuild the loader's batch of an earlier step from the seed, and write it as ``.npz``.
+    def keep_batch(self, loader: Loader, step: int) -> Path:
+        """Rebuild the loader's batch of an earlier step, and write it as ``.npz``.
 
         Each process writes its own examples, named by the first of them.
         """
-        before = {"step": step - 1, "position": (step - 1) * batch_size}
-        loader.restore({**loader.state(), **before})
-        batch = next(loader)
+        batch = loader.rebuild(step)
         name = f"non_finite_step_{step:08d}_example_{batch['example_id'][0]}.npz"
         np.savez_compressed(self.folder / name, allow_pickle=False, **batch)
         return self.folder / name

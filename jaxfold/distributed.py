@@ -4,8 +4,9 @@ The mesh has two axes: ``data`` (each device group has its own examples) and ``d
 spread over the group; its size is 1 until axial sharding exists). Both hold the state whole.
 """
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -108,6 +109,21 @@ def agree_to_stop(requested: bool, step: int, every: int) -> bool:
     if step % every:
         return False
     return bool(np.any(multihost_utils.process_allgather(np.asarray(requested))))
+
+
+def exchange(value: Any) -> list[Any]:
+    """A JSON value of each process, in all of them; every process must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(text.size, np.int32))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
+    return [json.loads(bytes(r[:n])) for r, n in zip(rows, sizes, strict=True)]
+
+
+def host_array(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Memory on the host for a batch on its way to the devices."""
+    return np.empty(shape, dtype)
 
 
 def describe_devices() -> str:

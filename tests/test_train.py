@@ -29,7 +29,7 @@ FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"
 )
-TIMED = ("examples_per_s", "data_wait")  # all that may differ between equal runs
+TIMED = ("examples_per_s", "data_wait", "loader/")  # all that may differ between equal runs
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -147,7 +147,8 @@ class Program:
 
     def rows(self, name: str) -> list[dict[str, float]]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+        found = [json.loads(line) for line in lines]
+        return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in found]
 
     def last(self, name: str) -> checkpoint.Checkpoint:
         found = checkpoint.restore(self.folder / name / "checkpoints", pytest.fail)

@@ -7,8 +7,10 @@ both. A process works on one device; ``torchrun`` starts as many as there are.
 
 import atexit
 import functools
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,12 +20,15 @@ from torch import Tensor
 from torch.distributed import DeviceMesh, init_device_mesh
 
 from foldcore.config import ConfigError
+from foldcore.features import FEATURES
 from torchfold._arrays import map_tree
 
 Tree = TypeVar("Tree")
 DATA, DAP = "data", "dap"
 _ON_HOST = "num_iter_recycling"  # decides how many passes are started, so the host must know it
 _mesh: DeviceMesh | None = None  # of the function that runs now
+# copies may still read the batches of the steps in flight
+_pinned: deque[Tensor] = deque(maxlen=4 * len(FEATURES))
 
 
 def initialize() -> None:
@@ -194,6 +199,24 @@ def agree_to_stop(requested: bool, step: int, every: int) -> bool:
     count = torch.tensor(int(requested), device=device)
     dist.all_reduce(count)
     return bool(count)
+
+
+def exchange(value: Any) -> list[Any]:
+    """A JSON value of each process, in all of them; every process must call this."""
+    if dist.get_world_size() == 1:
+        return [value]
+    texts = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, json.dumps(value))
+    return [json.loads(text) for text in texts]
+
+
+def host_array(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Memory on the host for a batch on its way to the devices: pinned, if there is a GPU."""
+    pinned = torch.cuda.is_available()
+    tensor = torch.empty(tuple(shape), dtype=getattr(torch, dtype), pin_memory=pinned)
+    if pinned:
+        _pinned.append(tensor)
+    return tensor.numpy()
 
 
 def describe_devices() -> str:

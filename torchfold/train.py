@@ -23,6 +23,7 @@ from foldcore.checkpoint import SECTIONS, CheckpointWriter, read_params, restore
 from foldcore.command import run_command
 from foldcore.config import Config, dumps
 from foldcore.data.loader import Loader, open_loader
+from foldcore.data.order import merge
 from foldcore.evaluation import EvaluationSet, summarize
 from foldcore.interrupt import Interrupt
 from foldcore.runlog import NonFiniteError, RunLog, Window, check_config, closing_words, due
@@ -158,7 +159,14 @@ def train(config: Config, command: str) -> None:
     with (
         log,
         Interrupt() as stop,
-        open_loader(config, rank=rank, world=world, warn=log.say) as loader,
+        open_loader(
+            config,
+            rank=rank,
+            world=world,
+            folder=folder,
+            warn=log.say,
+            allocate=distributed.host_array,
+        ) as loader,
     ):
         mesh, network = distributed.make_mesh(settings.batch_size), Network(config.model)
         writer = CheckpointWriter(folder / "checkpoints", settings.keep, enabled=rank == 0)
@@ -171,7 +179,7 @@ def train(config: Config, command: str) -> None:
         try:
             finished = run_steps(run, *resume(run))
         except NonFiniteError as error:
-            log.keep_batch(loader, error.step, settings.batch_size)
+            log.keep_batch(loader, error.step)
             raise
         finally:
             log.data(loader)
@@ -215,12 +223,13 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
         if is_due(settings.log_every) or is_due(settings.save_every) or stopping:
             window.land(fetch, step)
         if is_due(settings.log_every):
-            log.row(step, window.close(settings.batch_size))
+            log.row(step, window.close(settings.batch_size) | run.loader.incidents.metrics())
         if is_due(settings.eval_every) and not stopping:
             log.row(step, evaluate(predict, state, run))
             window.restart_clock()
         if is_due(settings.save_every) or stopping:
-            save(run, state, {"loader": position, "pending": window.pending})
+            whole = merge(distributed.exchange(position))
+            save(run, state, {"loader": whole, "pending": window.pending})
         log.tick(step)
         if stopping:
             return False

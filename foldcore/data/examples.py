@@ -1,12 +1,14 @@
 """Preparing the example of one position of the plan, in whichever process: a pure function."""
 
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from foldcore.config import DataConfig
 from foldcore.data.dataset import Dataset
 from foldcore.data.sampler import ExampleKey, Plan, example_id
 from foldcore.data.transforms import make_example
@@ -23,6 +25,7 @@ class Failure:
     source: int
     chain_id: str
     reason: str
+    trace: str = ""  # of an error that is not the data's
 
 
 @dataclass
@@ -30,9 +33,11 @@ class Prepared:
     """What became of one position; ``features`` is None where every attempt failed."""
 
     position: int
+    attempt: int = 0  # 0: the plan's own chain; n: its n-th replacement
     features: dict[str, np.ndarray] | None = None
     failures: list[Failure] = field(default_factory=list)
     notes: list[dict[str, dict[str, int]]] = field(default_factory=list)  # of each source
+    seconds: float = 0.0
 
 
 class Preparer:
@@ -44,33 +49,51 @@ class Preparer:
         self.datasets = tuple(datasets)
         self.plan = plan
 
-    def prepare(self, position: int, num_iter_recycling: int) -> Prepared:
-        """The position's example; where its chain fails, the plan's replacements for it in turn."""
-        prepared = Prepared(position)
-        for attempt in range(MAX_ATTEMPTS):
-            plan = self.plan
-            key = plan.replacement(position, attempt) if attempt else plan[position]
+    @property
+    def config(self) -> DataConfig:
+        """How examples are cut: their sizes."""
+        return self.datasets[0].config
+
+    def prepare(
+        self,
+        position: int,
+        first_attempt: int = 0,
+        begin: Callable[[int], object] = lambda attempt: None,
+    ) -> Prepared:
+        """The position's example; where its chain fails, the plan's replacements for it in turn.
+
+        ``begin`` is told the number of each attempt before it is made. The recycling count belongs
+        to the step, not to the example: it is 0 here.
+        """
+        prepared, start = Prepared(position), time.perf_counter()
+        for attempt in range(first_attempt, MAX_ATTEMPTS):
+            begin(attempt)
+            key = self.plan.replacement(position, attempt)
             try:
-                prepared.features = self._example(key, num_iter_recycling)
+                prepared.features, prepared.attempt = self.example(key), attempt
                 break
             except Exception as error:
-                prepared.failures.append(Failure(key.source, key.chain_id, _reason(error)))
+                prepared.failures.append(failure(key, error))
         prepared.notes = [dataset.report.take_notes() for dataset in self.datasets]
+        prepared.seconds = time.perf_counter() - start
         return prepared
 
-    def _example(self, key: ExampleKey, num_iter_recycling: int) -> dict[str, np.ndarray]:
+    def example(self, key: ExampleKey) -> dict[str, np.ndarray]:
+        """The features of one example, without a batch axis."""
         dataset = self.datasets[key.source]
         chance = (self.plan.seed, key.epoch, key.index, key.source)
         example = make_example(dataset.raw(key.chain_id), dataset.config, chance)
         name = example_id(key.source, key.epoch, key.index)
         example["example_id"] = np.asarray(name, np.int32)
-        example["num_iter_recycling"] = np.asarray(num_iter_recycling, np.int32)
+        example["num_iter_recycling"] = np.zeros((), np.int32)
         validate({k: v[None] for k, v in example.items()}, dimensions(dataset.config))
         return example
 
 
-def _reason(error: Exception) -> str:
+def failure(key: ExampleKey, error: Exception) -> Failure:
+    """What to say of a chain that raised; an error that is not the data's keeps its traceback."""
     if isinstance(error, DataError):
-        return str(error)
+        return Failure(key.source, key.chain_id, str(error))
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return Failure(key.source, key.chain_id, reason, "".join(traceback.format_exception(error)))

@@ -1,26 +1,36 @@
-"""The loader: batches in the order of the plan, prepared ahead by worker processes, resumable.
+"""The loader: batches prepared ahead by worker processes, taken as they get ready, resumable.
 
-What a step trains on depends on the seed and the step alone. Workers, their number and their
-timing change nothing, and neither does the number of ranks that share a batch: rank ``k`` of ``n``
-takes the ``k``-th part of each step's positions.
+The trainer takes the first examples of the plan that are ready, so a slow one holds up nobody: it
+comes in a later step. Contents depend only on the seed and the place in the plan, and the order
+taken goes to a ledger, so a run can be repeated exactly, with any number of workers. Where the
+loader is faster than the trainer, the order is the plan's. See docs/loader.md.
 """
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from foldcore.config import Config, ConfigError, DataConfig
 from foldcore.data.dataset import Dataset, split
-from foldcore.data.examples import MAX_ATTEMPTS, Prepared, Preparer
+from foldcore.data.examples import MAX_ATTEMPTS, Preparer
+from foldcore.data.incidents import Incidents
+from foldcore.data.ledger import Head, Ledger, continue_ledger, read_ledger
+from foldcore.data.order import Order, Script
 from foldcore.data.sampler import Plan, recycling_iters
-from foldcore.data.transforms import collate
-from foldcore.data.worker import WorkerPool
+from foldcore.data.source import InProcess, Source, Taken, Workers
 from foldcore.features import Batch
 
 _log = logging.getLogger(__name__)
+
+START_STEPS = 2  # steps after a start that are taken in order: nothing is ready yet,
+START_PATIENCE = 5.0  # seconds, and what is ready first would be chance
 
 
 class LoaderError(RuntimeError):
@@ -31,61 +41,74 @@ class Loader(Iterator[Batch]):
     """An endless iterator over this rank's batches; ``state()`` and ``restore()`` resume it.
 
     Batches are validated numpy dicts of ``features.py``, with the step's recycling count. Processes
-    start with the first batch, or with ``iter(loader)``, and end with ``close()``.
+    start with the first batch, or with ``iter(loader)``, and end with ``close()``. With a
+    ``folder``, the run's, the ledger and what was quarantined are written there. ``allocate``
+    makes the arrays of a batch.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Dataset],
-        plan: Plan,
+        preparer: Any,
         config: DataConfig,
         *,
         batch_size: int,
-        max_recycling_iters: int,
+        max_recycling_iters: int = 0,
         rank: int = 0,
         world: int = 1,
+        folder: Path | None = None,
         warn: Callable[[str], None] = _log.warning,
+        allocate: Callable[[Sequence[int], str], np.ndarray] = np.empty,
     ) -> None:
         if not 0 <= rank < world or batch_size < 1:
             raise ValueError(f"rank {rank} of {world} with {batch_size} examples")
-        self.datasets, self.plan = tuple(datasets), plan
+        self.datasets, self.plan = tuple(preparer.datasets), preparer.plan
         self.wait_seconds = 0.0  # time spent waiting for batches, ever growing
-        self._preparer = Preparer(datasets, plan)
-        self._workers, self._prefetch = config.workers, config.prefetch
-        self._first, self._local, self._global = rank * batch_size, batch_size, batch_size * world
+        self.incidents = Incidents(self.datasets, self.plan, folder, rank, warn)
+        self._preparer, self._config = preparer, config
+        self._order = Order(batch_size, rank, world, config.reorder_window)
+        self._base = 0  # the first position not taken when the last state was restored
+        self._step = 0  # steps taken
+        self._started_at = 0
         self._max_recycling_iters = max_recycling_iters
-        self._warn = warn
-        self._step = self._position = 0  # of the next batch: its step, and its first position
-        self._ahead = 0  # batches submitted and not yet taken
-        self._pool: WorkerPool | None = None
+        self._folder, self._warn, self._allocate = folder, warn, allocate
+        self._ledger: Ledger | None = None
+        self._source: Source | None = None
         self._end: Callable[[], object] = lambda: None
 
     def __iter__(self) -> "Loader":
-        self._submit_ahead()
+        self._start()
         return self
 
     def __next__(self) -> Batch:
         start = time.monotonic()
         try:
-            self._submit_ahead()
-            batch = collate([self._features(p) for p in self._positions(0)])
+            source, ledger = self._start()
+            taken: list[Taken] = []
+            while len(taken) < self._order.batch_size:
+                taken.append(self._take(source, taken))
+            batch = self._stack(taken)
         except BaseException:
             self.close()  # what was taken of this batch is prepared again if one tries again
             raise
+        ledger.append(self._step + 1, [(t.prepared.position, t.prepared.attempt) for t in taken])
         self._step += 1
-        self._position += self._global
-        self._ahead = max(self._ahead - 1, 0)
-        self._submit_ahead()
+        distance = self._order.take([t.prepared.position for t in taken])
+        self.incidents.taken(taken, distance, source.depth())
+        for example in taken:
+            source.release(example)
+        self._submit_ahead(source)
         self.wait_seconds += time.monotonic() - start
         return batch
 
-    def state(self) -> dict[str, int]:
-        """Where the next batch is: JSON numbers, the same on every rank."""
-        return {
-            "step": self._step,
-            "position": self._position,
-            "plan": self.plan.fingerprint(),
-        }
+    def is_ready(self) -> bool:
+        """Whether the next batch would be had without waiting."""
+        source, _ = self._start()
+        wanted, patience = self._wanted([])
+        return source.can_take(wanted, self._order.batch_size, patience)
+
+    def state(self) -> dict[str, Any]:
+        """What this rank has taken, as JSON; of several ranks, ``order.merge`` makes one state."""
+        return {"step": self._step, "plan": self.plan.fingerprint(), **self._order.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue at a saved state of the same plan; batch size and ranks may be others."""
@@ -95,13 +118,28 @@ class Loader(Iterator[Batch]):
                 "its order of examples cannot be continued; restore the data, or start a new run "
                 "with train.initial_params set to the old run's checkpoint"
             )
+        if "world" in state:
+            raise ValueError("this is the state of one of several ranks: merge them first")
         self.close()
-        self._step, self._position = int(state["step"]), int(state["position"])
+        self._step, self._base = int(state["step"]), int(state["position"])
+        self._order.follow(None)
+        self._order.restore(self._base, state.get("taken", ()))
+
+    def rebuild(self, step: int) -> Batch:
+        """This rank's batch of an earlier step again, from the ledger and the seed."""
+        _, ledger = self._start()
+        prepared = [
+            self._preparer.prepare(position, attempt) for position, attempt in ledger.read(step)
+        ]
+        return self._stack([Taken(p, p.features) for p in prepared], step - 1)
 
     def close(self) -> None:
         """End the worker processes; iterating again starts new ones at the next batch."""
         self._end()
-        self._pool, self._ahead = None, 0
+        if self._ledger is not None:
+            self._ledger.close()
+        self._source = self._ledger = None
+        self._order.rewind()
 
     def __enter__(self) -> "Loader":
         return self
@@ -114,48 +152,113 @@ class Loader(Iterator[Batch]):
     ) -> None:
         self.close()
 
-    def _positions(self, ahead: int) -> range:
-        """This rank's positions of the batch that many steps after the next."""
-        start = self._position + ahead * self._global + self._first
-        return range(start, start + self._local)
-
-    def _recycling(self, ahead: int) -> int:
-        return recycling_iters(self.plan.seed, self._step + ahead, self._max_recycling_iters)
-
-    def _submit_ahead(self) -> None:
-        if self._workers == 0:
-            return
-        if self._pool is None:
-            self._pool = WorkerPool(self._preparer, self._workers)
+    def _start(self) -> tuple[Source, Ledger]:
+        if self._source is None or self._ledger is None:
+            self._ledger = self._open_ledger()
+            self._source = self._open_source()
             # an abandoned loader ends its processes too
-            self._end = weakref.finalize(self, self._pool.close)
-        for ahead in range(self._ahead, self._prefetch):
-            for position in self._positions(ahead):
-                self._pool.submit(position, self._recycling(ahead))
-        self._ahead = self._prefetch
+            self._end = weakref.finalize(self, self._source.close)
+            self._started_at = self._step
+            self._started_time = time.monotonic()
+            self._submit_ahead(self._source)
+        return self._source, self._ledger
 
-    def _features(self, position: int) -> Batch:
-        if self._pool is None:
-            prepared = self._preparer.prepare(position, self._recycling(0))
-        else:
-            prepared = self._pool.take(position)
-        self._record(prepared)
-        if prepared.features is None:
-            last = prepared.failures[-1]
+    def _open_source(self) -> Source:
+        if self._config.workers == 0:
+            return InProcess(self._preparer, self._order.batch_size)
+        return Workers(self._preparer, self._config, self._order.batch_size)
+
+    def _open_ledger(self) -> Ledger:
+        order = self._order
+        head = Head(
+            order.rank,
+            order.world,
+            order.batch_size,
+            self._step,
+            self._base,
+            self.plan.fingerprint(),
+        )
+        ledger = continue_ledger(head, self._folder / "ledger" if self._folder else None)
+        if order.script is None or not order.script.left:
+            order.follow(self._replayed() if self._config.replay else self._own_script(ledger))
+        return ledger
+
+    def _own_script(self, ledger: Ledger) -> Script | None:
+        """The steps that this run has taken before, beyond the checkpoint it continues from."""
+        steps = ledger.after(self._step)
+        if not len(steps.positions):
+            return None
+        return Script(steps.positions, steps.attempts, steps.positions)
+
+    def _replayed(self) -> Script | None:
+        """This rank's part of the ledger of another run."""
+        folder, size = Path(self._config.replay), self._order.batch_size
+        plan, steps = read_ledger(folder / "ledger" if (folder / "ledger").is_dir() else folder)
+        if plan != self.plan.fingerprint():
+            raise LoaderError(f"{folder}: the ledger of other data, or of another train.seed")
+        if steps.positions.shape[1] != size * self._order.world:
             raise LoaderError(
-                f"{MAX_ATTEMPTS} chains in a row could not be prepared, the last {last.chain_id}: "
-                f"{last.reason}. Something is wrong with the whole data set (moved or unreadable "
-                "files?) or with the data settings"
+                f"{folder}: a ledger of {steps.positions.shape[1]} examples a step, but "
+                f"train.batch_size={size * self._order.world}"
             )
-        return prepared.features
+        if steps.step > self._step:
+            raise LoaderError(f"{folder}: the ledger begins after step {steps.step}")
+        steps = steps.after(self._step)
+        if not len(steps.positions):
+            return None
+        own = slice(self._order.rank * size, (self._order.rank + 1) * size)
+        return Script(steps.positions[:, own], steps.attempts[:, own], steps.positions)
 
-    def _record(self, prepared: Prepared) -> None:
-        for dataset, notes in zip(self.datasets, prepared.notes, strict=True):
-            dataset.report.add_notes(notes)
-        for failure in prepared.failures:
-            report = self.datasets[failure.source].report
-            if report.fail(failure.chain_id, failure.reason):
-                self._warn(f"replaced in training: {failure.chain_id}: {failure.reason}")
+    def _submit_ahead(self, source: Source) -> None:
+        while source.has_room() and (task := self._order.submit()):
+            source.submit(*task)
+
+    def _wanted(self, taken: Sequence[Taken]) -> tuple[int, float]:
+        """The position that comes next, and how long it is waited for while others are ready."""
+        position, prescribed = self._order.wanted([t.prepared.position for t in taken])
+        if prescribed is not None or self._config.ordered:
+            return position, math.inf
+        if self._step - self._started_at >= START_STEPS:
+            return position, 0.0
+        return position, max(self._started_time + START_PATIENCE - time.monotonic(), 0.0)
+
+    def _take(self, source: Source, before: Sequence[Taken]) -> Taken:
+        _, prescribed = self._order.wanted([t.prepared.position for t in before])
+        taken = source.take(*self._wanted(before))
+        self.incidents.note(taken.prepared, source.casualties())
+        if taken.features is None:
+            raise self._nothing_usable(taken)
+        if prescribed is not None and taken.prepared.attempt != prescribed:
+            self._not_as_before(taken)
+        return taken
+
+    def _not_as_before(self, taken: Taken) -> None:
+        failures = "; ".join(f"{f.chain_id}: {f.reason}" for f in taken.prepared.failures)
+        words = f"position {taken.prepared.position} could not be prepared as before: {failures}"
+        if self._config.replay:
+            raise LoaderError(f"{self._config.replay} cannot be replayed: {words}")
+        self._warn(words)
+
+    def _nothing_usable(self, taken: Taken) -> LoaderError:
+        last = taken.prepared.failures[-1:]
+        words = f", the last {last[0].chain_id}: {last[0].reason}" if last else ""
+        return LoaderError(
+            f"{MAX_ATTEMPTS} chains in a row could not be prepared{words}. Something is wrong with "
+            "the whole data set (moved or unreadable files?) or with the data settings"
+        )
+
+    def _stack(self, taken: Sequence[Taken], step: int | None = None) -> Batch:
+        """The examples as one batch, which a step (by default the next one) makes its own."""
+        examples = [t.features for t in taken if t.features is not None]
+        batch = {}
+        for name, array in examples[0].items():
+            batch[name] = self._allocate((len(examples), *array.shape), str(array.dtype))
+            for i, example in enumerate(examples):
+                batch[name][i] = example[name]
+        step = self._step if step is None else step
+        passes = recycling_iters(self.plan.seed, step, self._max_recycling_iters)
+        batch["num_iter_recycling"][:] = passes
+        return batch
 
 
 def open_loader(
@@ -163,7 +266,9 @@ def open_loader(
     *,
     rank: int = 0,
     world: int = 1,
+    folder: Path | None = None,
     warn: Callable[[str], None] = _log.warning,
+    allocate: Callable[[Sequence[int], str], np.ndarray] = np.empty,
 ) -> Loader:
     """The training loader of a run: its data sets, without the held-out chains."""
     if config.train.batch_size % world:
@@ -176,13 +281,15 @@ def open_loader(
         predicted = Dataset(config.data.distillation_path, config.data, distillation=True)
         datasets.append(predicted)
         sources.append(predicted.source())
+    plan = Plan(sources, config.train.seed, config.data.distillation_probability)
     return Loader(
-        datasets,
-        Plan(sources, config.train.seed, config.data.distillation_probability),
+        Preparer(datasets, plan),
         config.data,
         batch_size=config.train.batch_size // world,
         max_recycling_iters=config.train.max_recycling_iters,
         rank=rank,
         world=world,
+        folder=folder,
         warn=warn,
+        allocate=allocate,
     )

@@ -73,8 +73,13 @@ class Plan:
         return ExampleKey(source, epoch, index, self.sources[source].chains[chain])
 
     def replacement(self, position: int, attempt: int) -> ExampleKey:
-        """Stand-in for a position whose chain cannot be used: same key, another chain by weight."""
+        """Stand-in for a position whose chain cannot be used: same key, another chain by weight.
+
+        Attempt 0 is the plan's own chain.
+        """
         key = self[position]
+        if attempt == 0:
+            return key
         source = self.sources[key.source]
         draw = _uniform(1, _REPLACEMENT, self.seed, position, attempt)[0]
         chain = np.searchsorted(self._epochs[key.source].cumulative_weights, draw, side="right")

@@ -1,0 +1,122 @@
+"""Where a loader's examples come from: this process, processes of its own, or a neighbour's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from foldcore.config import DataConfig
+from foldcore.data.examples import Prepared
+from foldcore.data.pool import Casualty, WorkerPool
+from foldcore.data.slots import Slots
+from foldcore.features import Batch, dimensions
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An example taken: its features lie in the slot, if it has one, until it is released."""
+
+    prepared: Prepared
+    features: Batch | None
+    slot: int = -1
+
+
+class Source(Protocol):
+    """What a loader takes examples from."""
+
+    def has_room(self) -> bool:
+        """Whether one more position may be submitted."""
+
+    def submit(self, position: int, attempt: int) -> None:
+        """Have a position prepared, from this attempt on."""
+
+    def take(self, wanted: int, patience: float) -> Taken:
+        """The wanted position, or the lowest that is ready when patience (seconds) has run out."""
+
+    def can_take(self, wanted: int, count: int, patience: float) -> bool:
+        """Whether that many could be taken at once, the wanted one first if need be."""
+
+    def release(self, taken: Taken) -> None:
+        """The features of an example are no longer needed."""
+
+    def depth(self) -> int:
+        """How many examples are ready."""
+
+    def casualties(self) -> Sequence[Casualty]:
+        """The processes that ended at work since the last call."""
+
+    def close(self) -> None:
+        """End whatever runs."""
+
+
+class InProcess:
+    """Prepares each example when it is asked for: always in order."""
+
+    def __init__(self, preparer: Any, batch_size: int) -> None:
+        self._preparer, self._room = preparer, batch_size
+        self._submitted: dict[int, int] = {}  # position -> attempt
+
+    def has_room(self) -> bool:
+        return len(self._submitted) < self._room
+
+    def submit(self, position: int, attempt: int) -> None:
+        self._submitted[position] = attempt
+
+    def take(self, wanted: int, patience: float) -> Taken:
+        prepared = self._preparer.prepare(wanted, self._submitted.pop(wanted))
+        return Taken(prepared, prepared.features)
+
+    def can_take(self, wanted: int, count: int, patience: float) -> bool:
+        return True
+
+    def release(self, taken: Taken) -> None:
+        pass
+
+    def depth(self) -> int:
+        return 0
+
+    def casualties(self) -> Sequence[Casualty]:
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+class Workers:
+    """Processes that prepare ahead, ``data.prefetch`` batches beyond what is in work."""
+
+    def __init__(self, preparer: Any, config: DataConfig, batch_size: int) -> None:
+        count = config.prefetch * batch_size + config.workers
+        slots = Slots.create(dimensions(preparer.config), count)
+        self.pool = WorkerPool(preparer, config.workers, slots, config.example_timeout)
+        self._room = count
+
+    def has_room(self) -> bool:
+        return self._room > 0
+
+    def submit(self, position: int, attempt: int) -> None:
+        self._room -= 1
+        self.pool.submit(position, attempt)
+
+    def take(self, wanted: int, patience: float) -> Taken:
+        prepared, slot = self.pool.take(wanted, patience)
+        usable = prepared.attempt >= 0
+        return Taken(prepared, self.pool.slots[slot] if usable else None, slot)
+
+    def can_take(self, wanted: int, count: int, patience: float) -> bool:
+        return self.pool.can_take(wanted, count, patience)
+
+    def release(self, taken: Taken) -> None:
+        self._room += 1
+        self.pool.release(taken.slot)
+
+    def depth(self) -> int:
+        return self.pool.depth()
+
+    def casualties(self) -> Sequence[Casualty]:
+        found = []
+        while self.pool.casualties:
+            found.append(self.pool.casualties.popleft())
+        return found
+
+    def close(self) -> None:
+        self.pool.close()
