@@ -1,4 +1,4 @@
-"""The training program of the PyTorch track: its update, whole runs, and runs shared with JAX."""
+"""The training program of the PyTorch track: its update, and whole runs."""
 
 import json
 import os
@@ -6,10 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,21 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-import jaxfold.distributed
-import jaxfold.step
-import jaxfold.train
 import torchfold.distributed
 import torchfold.step
 import torchfold.train
 from foldcore import checkpoint
-from foldcore.checkpoint import SECTIONS, CheckpointWriter
-from foldcore.config import Config, dumps, load
-from foldcore.data.loader import open_loader
-from foldcore.layout import make_layout
+from foldcore.checkpoint import SECTIONS
+from foldcore.config import load
 from foldcore.runlog import RunLog
 from tests import small_step
 from tests.conftest import ROOT
-from tests.torch_twin import FAST_COMPILE, TORCH_THREADS
+from tests.torch_twin import TORCH_THREADS
 
 CONFIG = "tests/data/tiny.toml"
 TIMED = ("examples_per_s", "data_wait", "loader/")  # all that may differ between equal runs
@@ -52,8 +45,7 @@ def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
 
 def rows(folder: Path, name: str) -> list[dict[str, float]]:
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in found]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines]
 
 
 def last(folder: Path, name: str) -> checkpoint.Checkpoint:
@@ -176,72 +168,3 @@ def test_two_processes_make_the_update_of_one(tmp_path: Path) -> None:
     assert "2 x cpu" in done.stdout
     for one, two in zip(rows(tmp_path, "one"), rows(tmp_path, "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
-
-
-# One run in both tracks ---------------------------------------------------------------------------
-
-HALF, WHOLE = 4, 8
-
-
-class JaxRun:
-    """Steps of the JAX track by one compiled program, and checkpoints of them."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.network = jaxfold.step.Network(config.model)
-        self.mesh = jaxfold.distributed.make_mesh(config.train.batch_size)
-        function = partial(jaxfold.train.train_step, self.network, config)
-        over_mesh = jaxfold.distributed.over_mesh(function, self.mesh)
-        self.program = jax.jit(over_mesh, compiler_options=FAST_COMPILE)
-
-    def steps(self, folder: Path, start: checkpoint.Checkpoint | None, until: int) -> list[float]:
-        """Train on from a checkpoint, or from the start; the losses; the last step is saved."""
-        writer = CheckpointWriter(folder / "checkpoints", keep=3)
-        run: Any = SimpleNamespace(config=self.config, network=self.network, writer=writer)
-        with open_loader(self.config, rank=0, world=1, warn=pytest.fail) as loader:
-            state = jaxfold.train.make_state(self.config, self.network)
-            if start:
-                loader.restore(start.metadata["loader"])
-                buffers = {s: start.flat(s, self.network.layout) for s in SECTIONS}
-                step = np.asarray(start.step, np.int32)
-                state = jaxfold.train.TrainState(**buffers, step=step)
-            todo = range(int(state.step), until)
-            # placed at once: the program would be compiled again for an array placed otherwise
-            state = jaxfold.distributed.replicate(self.mesh, state)
-            losses = []
-            for _ in todo:
-                batch = jaxfold.distributed.place(self.mesh, next(loader))
-                state, logged = self.program(state, batch)
-                losses.append(float(logged["loss/total"]))
-            jaxfold.train.save(run, state, {"loader": loader.state(), "pending": []})
-        writer.wait()
-        return losses
-
-
-def test_a_run_changes_track_in_the_middle(tmp_path: Path) -> None:
-    overrides = f"train.steps={WHOLE}", f"train.save_every={HALF}", "train.keep=9"
-    config = load(CONFIG, arguments(tmp_path, "torch", *overrides)[1:])
-    jax_run = JaxRun(config)
-    first = jax_run.steps(tmp_path / "mixed", None, HALF)
-    all_jax = first + jax_run.steps(tmp_path / "all_jax", last(tmp_path, "mixed"), WHOLE)
-
-    mixed = replace(config, train=replace(config.train, name="mixed"))
-    (tmp_path / "mixed" / "config.toml").write_text(dumps(mixed))
-    assert torchfold.train.main(arguments(tmp_path, "mixed", *overrides)) == 0
-    jax_then_torch = first + [r["loss/total"] for r in rows(tmp_path, "mixed") if "grad_norm" in r]
-
-    assert torchfold.train.main(arguments(tmp_path, "torch", *overrides)) == 0
-    all_torch = [r["loss/total"] for r in rows(tmp_path, "torch") if "grad_norm" in r]
-    half = checkpoint.read(tmp_path / "torch" / "checkpoints" / checkpoint.step_name(HALF))
-    torch_then_jax = all_torch[:HALF] + jax_run.steps(tmp_path / "back", half, WHOLE)
-
-    assert len(all_jax) == WHOLE and len(set(all_jax)) == WHOLE
-    for other in (jax_then_torch, all_torch, torch_then_jax):
-        # float32 rounding, amplified by eight steps of Adam
-        np.testing.assert_allclose(other, all_jax, rtol=1e-4)
-    one, two = last(tmp_path, "mixed"), last(tmp_path, "all_jax")
-    assert one.step == two.step == WHOLE
-    assert one.metadata["loader"] == two.metadata["loader"]
-    layout = make_layout({n: t.shape for n, t in one.tensors.items() if n.startswith("ema/")})
-    ours, theirs = (layout.flatten({n: c.tensors[n] for n in layout.names}) for c in (one, two))
-    assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(ours)
