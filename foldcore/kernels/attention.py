@@ -5,8 +5,7 @@ order query, gate, key, value; without a gate there are three. Positions form a 
 attends within itself and is a row of it (axis 2) or a column (axis 1), which costs nothing, as a
 head of a position fills whole memory sectors either way. Scores never leave the chip.
 
-Logits are kept in units of log 2, for exp2. A masked key has the logit -1e9, or less where it is
-padding of a tile: a query without any key attends to all real ones alike.
+Logits are kept in units of log 2, for exp2.
 """
 
 import triton
@@ -16,7 +15,9 @@ from foldcore.kernels.attention_tiles import Problem, Tiles, choose
 from foldcore.kernels.launch import Launch, Output, cdiv
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MASKED = tl.constexpr(-1e9 * 1.4426950408889634)
+# The logit of a masked key. So low that adding it to any other logit gives this very number:
+# a query without any key attends to all alike.
+MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -69,12 +70,11 @@ def load_bias(base_ptr, query, key, LENGTH: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def key_terms(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr):
-    """Factor and summand that make a key's logits: (1, 0), or (0, its fixed logit) if masked."""
+def key_summand(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr, HIDDEN: tl.constexpr):
+    """What is added to a key's logits: 0, ``HIDDEN`` if it is masked, -inf if it is padding."""
     real = keys < LENGTH
     kept = tl.load(mask_ptr + keys * STRIDE, mask=real, other=0.0) > 0
-    fixed = tl.where(real, MASKED, float("-inf"))
-    return tl.where(kept, 1.0, 0.0), tl.where(kept, 0.0, fixed)
+    return tl.where(kept, 0.0, tl.where(real, HIDDEN, float("-inf")))
 
 
 @triton.jit
@@ -124,12 +124,11 @@ def forward_kernel(
             k_ptr = base_ptr + (PARTS - 2) * CHANNELS
             k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
             v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
-            factor, summand = key_terms(mask_ptr + position, key, STEP, LENGTH)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-            logits = logits * (factor * (SCALE * LOG2_E))[None, :] + summand[None, :]
+            summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[None, :]
             if HAS_BIAS:
                 bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
-                logits += bias * (factor * LOG2_E)[None, :]
+                summand = bias * LOG2_E + summand
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E) + summand
             higher = tl.maximum(highest, tl.max(logits, 1))
             weights = tl.exp2(logits - higher[:, None])
             shrink = tl.exp2(highest - higher)
@@ -143,10 +142,8 @@ def forward_kernel(
             output *= sigmoid(gate)
         out_ptr = output_ptr + position * CHANNELS + head * WIDTH
         store_tile(out_ptr, query, output, STEP * CHANNELS, LENGTH, WIDTH)
-        # -1e9 would swallow the logarithm; without any key, logits count from there
-        logsumexp = tl.log2(total) + tl.where(highest < 0.5 * MASKED, 0.0, highest)
         lse_ptr = logsumexp_ptr + ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
-        tl.store(lse_ptr + query, logsumexp, mask=query < LENGTH)
+        tl.store(lse_ptr + query, highest + tl.log2(total), mask=query < LENGTH)
 
 
 # Launch geometry ----------------------------------------------------------------------------------

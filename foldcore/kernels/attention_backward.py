@@ -13,7 +13,8 @@ import triton.language as tl
 
 from foldcore.kernels.attention import (
     LOG2_E,
-    key_terms,
+    MASKED,
+    key_summand,
     load_bias,
     load_tile,
     sigmoid,
@@ -44,19 +45,11 @@ def load_output_grad(
 
 
 @triton.jit
-def key_terms_of_group(
-    mask_ptr,
-    keys,
-    STEP: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK_ALL: tl.constexpr,
-):
-    """``key_terms``, with logits of 0 where a group has no key at all, as its logsumexp has."""
-    every = tl.arange(0, BLOCK_ALL)
-    masks = tl.load(mask_ptr + every * STEP, mask=every < LENGTH, other=0.0)
-    factor, summand = key_terms(mask_ptr, keys, STEP, LENGTH)
-    empty = tl.max(masks, 0) + factor <= 0
-    return factor, tl.where(empty & (keys < LENGTH), 0.0, summand)
+def empty_group(mask_ptr, STEP: tl.constexpr, LENGTH: tl.constexpr, BLOCK_ALL: tl.constexpr):
+    """Whether a group has no key at all. Its logsumexp, MASKED, has swallowed their number."""
+    keys = tl.arange(0, BLOCK_ALL)
+    masks = tl.load(mask_ptr + keys * STEP, mask=keys < LENGTH, other=0.0)
+    return tl.max(masks, 0) <= 0
 
 
 @triton.jit
@@ -117,7 +110,7 @@ def whole_grad_kernel(
     batch = tl.program_id(2)
     position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
     base = position * (PARTS * CHANNELS) + head * WIDTH
-    shift = position * CHANNELS + head * WIDTH
+    out = position * CHANNELS + head * WIDTH
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     first_statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
     K_PART: tl.constexpr = (PARTS - 2) * CHANNELS
@@ -125,8 +118,9 @@ def whole_grad_kernel(
     key = tl.arange(0, BLOCK_K)
     k = load_tile(projected_ptr + base + K_PART, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
     v = load_tile(projected_ptr + base + K_PART + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
-    factor, summand = key_terms_of_group(mask_ptr + position, key, STEP, LENGTH, BLOCK_K)
-    k = (k.to(tl.float32) * factor[:, None]).to(k.dtype)  # a masked key's logits are fixed
+    summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[:, None]
+    empty = empty_group(mask_ptr + position, STEP, LENGTH, BLOCK_K)
+    slope = tl.where(empty, 0.0, SCALE)  # the logits of masked keys are fixed
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_Q):
@@ -134,8 +128,8 @@ def whole_grad_kernel(
         inside = query < LENGTH
         q = load_tile(projected_ptr + base, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
         do, delta = output_terms(
-            output_ptr + shift,
-            grad_ptr + shift,
+            output_ptr + out,
+            grad_ptr + out,
             projected_ptr + base + CHANNELS,
             projected_grad_ptr + base + CHANNELS,
             query,
@@ -150,20 +144,20 @@ def whole_grad_kernel(
         tl.store(delta_ptr + first_statistic + query, delta, mask=inside)
         lse_ptr = logsumexp_ptr + first_statistic
         logsumexp = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E)
-        logits += summand[:, None]
+        shift = summand
         if HAS_BIAS:
             bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH, EVEN)
-            logits += bias * (factor * LOG2_E)[:, None]
+            shift = bias * LOG2_E + summand
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E) + shift
         weights = tl.exp2(logits - logsumexp[None, :])
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = (weights * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        store_tile(projected_grad_ptr + base, query, dq * SCALE, STRIDE, LENGTH, WIDTH)
-    dk *= (factor * SCALE)[:, None]
-    store_tile(projected_grad_ptr + base + K_PART, key, dk, STRIDE, LENGTH, WIDTH)
+        store_tile(projected_grad_ptr + base, query, dq * slope, STRIDE, LENGTH, WIDTH)
+    dv *= tl.where(empty, 1 / LENGTH, 1.0)
+    store_tile(projected_grad_ptr + base + K_PART, key, dk * slope, STRIDE, LENGTH, WIDTH)
     store_tile(projected_grad_ptr + base + K_PART + CHANNELS, key, dv, STRIDE, LENGTH, WIDTH)
 
 
@@ -225,11 +219,11 @@ def bias_grad_kernel(
         )
         logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
-        factor, summand = key_terms(mask_ptr + position, key, STEP, LENGTH)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        logits = logits * (factor * (SCALE * LOG2_E))[None, :] + summand[None, :]
-        # zero for masked keys even of a query without any: their logits are fixed
-        weights = tl.exp2(logits + bias * (factor * LOG2_E)[None, :] - logsumexp[:, None])
+        # no weight for masked keys even of a query without any other: their logits are fixed
+        summand = key_summand(mask_ptr + position, key, STEP, LENGTH, float("-inf"))
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
+        logits += bias * LOG2_E + summand[None, :]
+        weights = tl.exp2(logits - logsumexp[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         total += weights * (dp - delta[:, None])
     bias_grad_ptr += tl.program_id(1).to(tl.int64) * (tl.num_programs(2) * HEADS) * LENGTH * LENGTH

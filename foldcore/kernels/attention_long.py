@@ -7,9 +7,9 @@ queries and gate, and once more for those of keys and values.
 import triton
 import triton.language as tl
 
-from foldcore.kernels.attention import LOG2_E, key_terms, load_bias, load_tile, store_tile
+from foldcore.kernels.attention import LOG2_E, MASKED, key_summand, load_bias, load_tile, store_tile
 from foldcore.kernels.attention_backward import (
-    key_terms_of_group,
+    empty_group,
     load_output_grad,
     output_terms,
 )
@@ -80,13 +80,12 @@ def query_grad_kernel(
         k_ptr = base_ptr + (PARTS - 2) * CHANNELS
         k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
         v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
-        factor, summand = key_terms(mask_ptr + position, key, STEP, LENGTH)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        logits = logits * (factor * (SCALE * LOG2_E))[None, :] + summand[None, :]
+        # no weight for masked keys even of a query without any other: their logits are fixed
+        summand = key_summand(mask_ptr + position, key, STEP, LENGTH, float("-inf"))[None, :]
         if HAS_BIAS:
             bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
-            logits += bias * (factor * LOG2_E)[None, :]
-        # zero for masked keys even of a query without any: their logits are fixed
+            summand = bias * LOG2_E + summand
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E) + summand
         weights = tl.exp2(logits - logsumexp[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (weights * (dp - delta[:, None])).to(k.dtype)
@@ -134,7 +133,9 @@ def key_value_grad_kernel(
     k_ptr = base_ptr + (PARTS - 2) * CHANNELS
     k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
     v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
-    factor, summand = key_terms_of_group(mask_ptr + position, key, STEP, LENGTH, BLOCK_ALL)
+    summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[:, None]
+    empty = empty_group(mask_ptr + position, STEP, LENGTH, BLOCK_ALL)
+    slope = tl.where(empty, 0.0, SCALE)  # the logits of masked keys are fixed
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_Q):
@@ -154,19 +155,19 @@ def key_value_grad_kernel(
         statistic = first_statistic + query
         logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee")
-        logits = logits * (factor * (SCALE * LOG2_E))[:, None] + summand[:, None]
+        shift = summand
         if HAS_BIAS:
             bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH, EVEN)
-            logits += bias * (factor * LOG2_E)[:, None]
+            shift = bias * LOG2_E + summand
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E) + shift
         weights = tl.exp2(logits - logsumexp[None, :])
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = (weights * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-    dk *= (factor * SCALE)[:, None]  # a masked key's logits are fixed
+    dv *= tl.where(empty, 1 / LENGTH, 1.0)
     out_ptr = key_value_grad_ptr + position * (2 * CHANNELS) + head * WIDTH
-    store_tile(out_ptr, key, dk, STEP * 2 * CHANNELS, LENGTH, WIDTH)
+    store_tile(out_ptr, key, dk * slope, STEP * 2 * CHANNELS, LENGTH, WIDTH)
     store_tile(out_ptr + CHANNELS, key, dv, STEP * 2 * CHANNELS, LENGTH, WIDTH)
 
 
