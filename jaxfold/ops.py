@@ -6,7 +6,7 @@ Statistics and sums are taken in at least float32; results have the dtype of the
 Legend: g groups that attend independently (rows, columns), q queries, k keys, h heads, d width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ OUTER_PRODUCT_EPS = 1e-3  # added to the number of sequences
 MASKED_LOGIT = -1e9  # finite, so that a query without keys attends to all of them alike
 
 IMPLEMENTATIONS = ("reference", "triton")
+KERNEL_DTYPES = ("bfloat16", "float32")
 _chosen = "reference"
 
 
@@ -33,12 +34,27 @@ def use(name: str) -> None:
 
 
 def _require_reference(op: str, implementation: str | None, *arrays: Array) -> None:
+    if _kernel_runs(op, implementation, *arrays):
+        _refuse(op, implementation, "there is no such kernel yet", *arrays)
+
+
+def _kernel_runs(op: str, implementation: str | None, *arrays: Array) -> bool:
+    """Whether a Triton kernel is chosen for this operation; it takes the types of KERNEL_DTYPES."""
     name = implementation or _chosen
-    if name != "reference":
-        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
-        known = name in IMPLEMENTATIONS
-        reason = "there is no such kernel yet" if known else f"not one of {IMPLEMENTATIONS}"
-        raise UnsupportedOp(f"{op}({shapes}) with implementation {name!r}: {reason}")
+    if name == "reference":
+        return False
+    if name not in IMPLEMENTATIONS:
+        _refuse(op, implementation, f"not one of {IMPLEMENTATIONS}", *arrays)
+    dtype = arrays[0].dtype.name
+    if dtype not in KERNEL_DTYPES:
+        _refuse(op, implementation, f"the kernel computes in {KERNEL_DTYPES}", *arrays)
+    return True
+
+
+def _refuse(op: str, implementation: str | None, reason: str, *arrays: Array) -> NoReturn:
+    name = implementation or _chosen
+    shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in arrays)
+    raise UnsupportedOp(f"{op}({shapes}) with implementation {name!r}: {reason}")
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -60,7 +76,10 @@ def layer_norm(
     implementation: str | None = None,
 ) -> Float[Array, "*batch c"]:
     """Normalise the last axis to mean 0 and (biased) variance 1, in two passes."""
-    _require_reference("layer_norm", implementation, x)
+    if _kernel_runs("layer_norm", implementation, x):
+        from jaxfold import _rows
+
+        return _rows.layer_norm(x, scale, offset)
     wide = x.astype(at_least_float32(x.dtype))
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -81,13 +100,58 @@ def attention(
 
     The query is already scaled. Masked keys get the same large negative logit after the bias.
     """
-    _require_reference("attention", implementation, query, key)
-    logits = _sum_product("bgqhd,bgkhd->bghqk", query, key)
+    if _kernel_runs("attention", implementation, query, key):
+        if query.shape[2] != key.shape[2]:
+            _refuse("attention", implementation, "the kernel is for self-attention", query, key)
+        projected = jnp.stack([query, key, value], axis=3)
+        return gated_attention(projected, mask, bias, implementation="triton")
+    gathered = _gather(query, key, value, mask, bias, scale=1)
+    return gathered.astype(query.dtype)
+
+
+def gated_attention(
+    projected: Float[Array, "b s r p h d"],
+    mask: Float[Array, "b s r"],
+    bias: Float[Array, "b h n n"] | None = None,
+    *,
+    axis: int = 2,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Float[Array, "b s r h d"]:
+    """Attention within rows (axis 2) or columns (axis 1), then a gate (Suppl. Alg. 7, 8, 13, 14).
+
+    ``projected`` holds query, gate, key and value of each position, or query, key and value where
+    there is no gate; the gate is what a sigmoid is applied to. ``scale`` multiplies the queries.
+    """
+    if _kernel_runs("gated_attention", implementation, projected):
+        from jaxfold import _attention
+
+        return _attention.gated_attention(projected, mask, bias, axis, scale)
+    if axis == 1:
+        projected, mask = jnp.swapaxes(projected, 1, 2), jnp.swapaxes(mask, 1, 2)
+    query, *gate, key, value = jnp.unstack(projected, axis=3)
+    gathered = _gather(query, key, value, mask, bias, scale)
+    if gate:
+        gathered = gathered * jax.nn.sigmoid(gate[0].astype(gathered.dtype))
+    output = gathered.astype(projected.dtype)
+    return jnp.swapaxes(output, 1, 2) if axis == 1 else output
+
+
+def _gather(
+    query: Float[Array, "b g q h d"],
+    key: Float[Array, "b g k h d"],
+    value: Float[Array, "b g k h d"],
+    mask: Float[Array, "b g k"],
+    bias: Float[Array, "b h q k"] | None,
+    scale: float,
+) -> Float[Array, "b g q h d"]:
+    """Weighted means of the values, in at least float32."""
+    logits = _sum_product("bgqhd,bgkhd->bghqk", query, key) * scale
     if bias is not None:
         logits = logits + bias[:, None].astype(logits.dtype)
     logits = jnp.where(mask[:, :, None, None, :] > 0, logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return _sum_product("bghqk,bgkhd->bgqhd", weights, value).astype(query.dtype)
+    return _sum_product("bghqk,bgkhd->bgqhd", weights, value)
 
 
 def global_attention(
@@ -104,6 +168,84 @@ def global_attention(
     logits = jnp.where(mask[:, :, None, :] > 0, logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return _sum_product("bghk,bgkd->bghd", weights, value).astype(query.dtype)
+
+
+class TriangleParameters(NamedTuple):
+    """Arrays of a triangle multiplication: norm, projections with their gates, norm, output."""
+
+    norm_scale: Float[Array, " c_z"]
+    norm_offset: Float[Array, " c_z"]
+    left: Float[Array, "c_z c"]
+    left_bias: Float[Array, " c"]
+    left_gate: Float[Array, "c_z c"]
+    left_gate_bias: Float[Array, " c"]
+    right: Float[Array, "c_z c"]
+    right_bias: Float[Array, " c"]
+    right_gate: Float[Array, "c_z c"]
+    right_gate_bias: Float[Array, " c"]
+    center_scale: Float[Array, " c"]
+    center_offset: Float[Array, " c"]
+    output: Float[Array, "c c_z"]
+    output_bias: Float[Array, " c_z"]
+    gating: Float[Array, "c_z c_z"]
+    gating_bias: Float[Array, " c_z"]
+
+
+def triangle_multiplication(
+    pair: Float[Array, "b i j c_z"],
+    pair_mask: Float[Array, "b i j"],
+    parameters: TriangleParameters,
+    outgoing: bool,
+    factor: Float[Array, "b 1 j c_z"] | None = None,
+    *,
+    residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "b i j c_z"]:
+    """Update of each edge from the triangles it is part of (Suppl. Alg. 11 and 12).
+
+    With ``factor`` the update is multiplied by it (dropout), with ``residual`` added to ``pair``.
+    """
+    if _kernel_runs("triangle_multiplication", implementation, pair):
+        from jaxfold import _triangle
+
+        return _triangle.triangle_multiplication(
+            pair, pair_mask, parameters, outgoing, factor, residual
+        )
+    w, plain = parameters, "reference"
+    x = layer_norm(pair, w.norm_scale, w.norm_offset, implementation=plain)
+    mask = pair_mask[..., None].astype(x.dtype)
+    left = mask * (x @ w.left + w.left_bias) * jax.nn.sigmoid(x @ w.left_gate + w.left_gate_bias)
+    gate = jax.nn.sigmoid(x @ w.right_gate + w.right_gate_bias)
+    right = mask * (x @ w.right + w.right_bias) * gate
+    product = triangle_product(left, right, outgoing, implementation=plain)
+    center = layer_norm(product, w.center_scale, w.center_offset, implementation=plain)
+    update = center @ w.output + w.output_bias
+    update = update * jax.nn.sigmoid(x @ w.gating + w.gating_bias)
+    if factor is not None:
+        update = (update * factor).astype(pair.dtype)
+    return pair + update if residual else update
+
+
+def transition(
+    x: Float[Array, "*batch c"],
+    scale: Float[Array, " c"],
+    offset: Float[Array, " c"],
+    weights1: Float[Array, "c f"],
+    bias1: Float[Array, " f"],
+    weights2: Float[Array, "f c"],
+    bias2: Float[Array, " c"],
+    *,
+    residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "*batch c"]:
+    """LayerNorm and a two-layer perceptron (Suppl. Alg. 9, 15), with ``residual`` added to x."""
+    if _kernel_runs("transition", implementation, x):
+        from jaxfold import _rows
+
+        return _rows.transition(x, scale, offset, weights1, bias1, weights2, bias2, residual)
+    normal = layer_norm(x, scale, offset, implementation="reference")
+    update = jax.nn.relu(normal @ weights1 + bias1) @ weights2 + bias2
+    return x + update if residual else update
 
 
 def triangle_product(

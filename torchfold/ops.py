@@ -6,7 +6,7 @@ Statistics and sums are taken in at least float32; results have the dtype of the
 Legend: g groups that attend independently (rows, columns), q queries, k keys, h heads, d width.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -76,7 +76,10 @@ def layer_norm(
     implementation: str | None = None,
 ) -> Float[Tensor, "*batch c"]:
     """Normalise the last axis to mean 0 and (biased) variance 1, in two passes."""
-    _require_reference("layer_norm", implementation, x)
+    if _kernel_runs("layer_norm", implementation, x):
+        from torchfold import _rows
+
+        return _rows.layer_norm(x, scale, offset)
     wide = x.to(at_least_float32(x.dtype))
     centred = wide - torch.mean(wide, dim=-1, keepdim=True)
     variance = torch.mean(torch.square(centred), dim=-1, keepdim=True)
@@ -165,6 +168,84 @@ def global_attention(
     logits = torch.where(mask[:, :, None, :] > 0, logits, MASKED_LOGIT)
     weights = torch.softmax(logits, dim=-1).to(value.dtype)
     return _sum_product("bghk,bgkd->bghd", weights, value).to(query.dtype)
+
+
+class TriangleParameters(NamedTuple):
+    """Arrays of a triangle multiplication: norm, projections with their gates, norm, output."""
+
+    norm_scale: Float[Tensor, " c_z"]
+    norm_offset: Float[Tensor, " c_z"]
+    left: Float[Tensor, "c_z c"]
+    left_bias: Float[Tensor, " c"]
+    left_gate: Float[Tensor, "c_z c"]
+    left_gate_bias: Float[Tensor, " c"]
+    right: Float[Tensor, "c_z c"]
+    right_bias: Float[Tensor, " c"]
+    right_gate: Float[Tensor, "c_z c"]
+    right_gate_bias: Float[Tensor, " c"]
+    center_scale: Float[Tensor, " c"]
+    center_offset: Float[Tensor, " c"]
+    output: Float[Tensor, "c c_z"]
+    output_bias: Float[Tensor, " c_z"]
+    gating: Float[Tensor, "c_z c_z"]
+    gating_bias: Float[Tensor, " c_z"]
+
+
+def triangle_multiplication(
+    pair: Float[Tensor, "b i j c_z"],
+    pair_mask: Float[Tensor, "b i j"],
+    parameters: TriangleParameters,
+    outgoing: bool,
+    factor: Float[Tensor, "b 1 j c_z"] | None = None,
+    *,
+    residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Tensor, "b i j c_z"]:
+    """Update of each edge from the triangles it is part of (Suppl. Alg. 11 and 12).
+
+    With ``factor`` the update is multiplied by it (dropout), with ``residual`` added to ``pair``.
+    """
+    if _kernel_runs("triangle_multiplication", implementation, pair):
+        from torchfold import _triangle
+
+        return _triangle.triangle_multiplication(
+            pair, pair_mask, parameters, outgoing, factor, residual
+        )
+    w, plain = parameters, "reference"
+    x = layer_norm(pair, w.norm_scale, w.norm_offset, implementation=plain)
+    mask = pair_mask[..., None].to(x.dtype)
+    left = mask * (x @ w.left + w.left_bias) * torch.sigmoid(x @ w.left_gate + w.left_gate_bias)
+    gate = torch.sigmoid(x @ w.right_gate + w.right_gate_bias)
+    right = mask * (x @ w.right + w.right_bias) * gate
+    product = triangle_product(left, right, outgoing, implementation=plain)
+    center = layer_norm(product, w.center_scale, w.center_offset, implementation=plain)
+    update = center @ w.output + w.output_bias
+    update = update * torch.sigmoid(x @ w.gating + w.gating_bias)
+    if factor is not None:
+        update = (update * factor).to(pair.dtype)
+    return pair + update if residual else update
+
+
+def transition(
+    x: Float[Tensor, "*batch c"],
+    scale: Float[Tensor, " c"],
+    offset: Float[Tensor, " c"],
+    weights1: Float[Tensor, "c f"],
+    bias1: Float[Tensor, " f"],
+    weights2: Float[Tensor, "f c"],
+    bias2: Float[Tensor, " c"],
+    *,
+    residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Tensor, "*batch c"]:
+    """LayerNorm and a two-layer perceptron (Suppl. Alg. 9, 15), with ``residual`` added to x."""
+    if _kernel_runs("transition", implementation, x):
+        from torchfold import _rows
+
+        return _rows.transition(x, scale, offset, weights1, bias1, weights2, bias2, residual)
+    normal = layer_norm(x, scale, offset, implementation="reference")
+    update = torch.relu(normal @ weights1 + bias1) @ weights2 + bias2
+    return x + update if residual else update
 
 
 def triangle_product(

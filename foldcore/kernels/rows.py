@@ -1,0 +1,173 @@
+"""What the kernels share that normalise rows of channels and project them.
+
+A tile holds some rows with all their channels, so that mean and variance cost no extra pass; it is
+padded to a power of two with zeros. A tile is [rows, channels] (AXIS 1, channels are summed along
+axis 1) or, where positions lie next to each other in memory, [channels, rows] (AXIS 0).
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv, next_power_of_2
+
+EPS = tl.constexpr(1e-5)  # added to the variance
+MIN_BLOCK = 16  # the tensor cores take no less
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of a launch: rows of a tile, channels of the results computed at a time."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+    def fit(self, columns: int) -> int:
+        """The block of ``columns`` channels that are computed at a time."""
+        return min(self.columns, block(columns))
+
+
+# Without a measured row: the interpreter wants several small tiles, exact float32 products need
+# many registers.
+_TESTED = Tiles(64, 16, 4, 1)
+_FLOAT32 = Tiles(32, 16, 4, 1)
+
+
+def choose(measured: dict[tuple[int, int], Tiles], c: int, dtype: str, architecture: int) -> Tiles:
+    """The sizes for rows of ``c`` channels; ``measured`` is keyed by architecture and channels.
+
+    An architecture without a row of its own takes the one of the nearest older architecture.
+    """
+    if architecture == INTERPRETER:
+        return _TESTED
+    if dtype != "bfloat16":
+        return _FLOAT32
+    wide = block(c)
+    known = sorted(measured, key=lambda key: (key[0] <= architecture, key[1] >= wide, -key[1]))
+    return measured[known[-1]]
+
+
+def block(c: int) -> int:
+    """The channels of a tile that holds ``c``."""
+    return max(MIN_BLOCK, next_power_of_2(c))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def standardize(x, inside, C: tl.constexpr, AXIS: tl.constexpr):
+    """``x`` with mean 0 and variance 1 along AXIS, and 1 / standard deviation; 0 outside."""
+    mean = tl.expand_dims(tl.sum(x, AXIS) / C, AXIS)
+    centred = tl.where(inside, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.expand_dims(tl.sum(centred * centred, AXIS) / C, AXIS) + EPS)
+    return centred * rstd, rstd
+
+
+@triton.jit
+def standardize_backward(gradient, normal, rstd, C: tl.constexpr, AXIS: tl.constexpr):
+    """Gradient by ``x``, valid inside, from the gradient by ``normal`` (0 outside)."""
+    mean = tl.expand_dims(tl.sum(gradient, AXIS) / C, AXIS)
+    slope = tl.expand_dims(tl.sum(gradient * normal, AXIS) / C, AXIS)
+    return (gradient - mean - normal * slope) * rstd
+
+
+@triton.jit
+def load_tile(
+    base_ptr,
+    ROWS,
+    COLUMNS,
+    rows,
+    columns,
+    ROW_STEP: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
+):
+    """Elements at a column of indices ``rows`` and a row ``columns``, 0 beyond the limits."""
+    inside = (rows < ROWS) & (columns < COLUMNS)
+    return tl.load(base_ptr + rows * ROW_STEP + columns * COLUMN_STEP, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base_ptr,
+    tile,
+    ROWS,
+    COLUMNS,
+    rows,
+    columns,
+    ROW_STEP: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
+):
+    """The counterpart of ``load_tile``."""
+    inside = (rows < ROWS) & (columns < COLUMNS)
+    at = base_ptr + rows * ROW_STEP + columns * COLUMN_STEP
+    tl.store(at, tile.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_vector(base_ptr, index, SIZE: tl.constexpr):
+    """float32 elements, 0 beyond ``SIZE``; the result has the shape of ``index``."""
+    return tl.load(base_ptr + index, mask=index < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def product(a, b):
+    """Matrix product with sums in float32; float32 factors are not rounded."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def normalized_rows(
+    x_ptr, scale_ptr, offset_ptr, left, row, C: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Rows with mean 0 and variance 1, 1 / standard deviation, and the rows scaled and shifted."""
+    column = tl.arange(0, BLOCK_C)[None, :]
+    x = load_tile(x_ptr, left, C, row, column, C, 1)
+    normal, rstd = standardize(x.to(tl.float32), column < C, C, 1)
+    y = normal * load_vector(scale_ptr, column, C) + load_vector(offset_ptr, column, C)
+    return normal, rstd, y.to(x.dtype)
+
+
+@triton.jit
+def load_weights(
+    weights_ptr, start, IN: tl.constexpr, OUT: tl.constexpr, BLOCK_IN: tl.constexpr, column
+):
+    """[BLOCK_IN, columns] of weights [IN, OUT], zero outside."""
+    row = tl.arange(0, BLOCK_IN)[:, None]
+    return load_tile(weights_ptr + start, IN, OUT - start, row, column, OUT, 1)
+
+
+@triton.jit
+def column_sums_kernel(
+    x_ptr,  # [n, m]
+    y_ptr,  # [m]
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        inside = (row[:, None] < N - start) & (column[None, :] < M)
+        at = x_ptr + (start + row[:, None]) * M + column[None, :]
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(y_ptr + column, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=column < M)
+
+
+def column_sums(n: int, m: int, dtype: str, architecture: int) -> Launch:
+    """x [n, m] float32 -> its sum over rows, [m]: the last step of the gradients of vectors."""
+    rows, columns = (16, 16) if architecture == INTERPRETER else (128, 32)
+    return Launch(
+        kernel=column_sums_kernel,
+        grid=(cdiv(m, columns),),
+        outputs=(Output((m,), dtype),),
+        constants={"N": n, "M": m, "BLOCK_N": rows, "BLOCK_M": columns},
+        num_warps=4,
+    )

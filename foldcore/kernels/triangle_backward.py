@@ -1,0 +1,308 @@
+"""Triangle multiplication (Suppl. Alg. 11, 12), all but the third corner's product: backward.
+
+What is cheap is recomputed from the pair representation. The gradients of weights are matrix
+products over all positions, which are left to the library: the kernels write their factors.
+
+Legend: p positions of an example, c channels of pairs, h channels of the product, t tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from foldcore.kernels.launch import Launch, Output, cdiv
+from foldcore.kernels.rows import (
+    Tiles,
+    block,
+    choose,
+    load_tile,
+    load_vector,
+    load_weights,
+    normalized_rows,
+    product,
+    sigmoid,
+    standardize_backward,
+    store_tile,
+)
+from foldcore.kernels.triangle import launch_tiles, normalized_product
+
+# (architecture, channels up to) -> sizes
+PROJECT_BACKWARD = {(90, 128): Tiles(64, 64, 8, 2)}
+OUTPUT_BACKWARD = {(90, 128): Tiles(64, 64, 8, 2)}
+
+
+@triton.jit
+def output_backward_kernel(
+    dout_ptr,  # [b, p, c]
+    product_ptr,  # [b, h, p]
+    pair_ptr,  # [b, p, c]
+    factor_ptr,  # [b, j, c] float32
+    center_scale_ptr,  # [h]
+    center_offset_ptr,  # [h]
+    output_ptr,  # [h, c]
+    output_bias_ptr,  # [c]
+    scale_ptr,  # [c]
+    offset_ptr,  # [c]
+    gating_ptr,  # [c, c]
+    gating_bias_ptr,  # [c]
+    dproduct_ptr,  # [b, h, p]
+    dupdate_ptr,  # [b, p, c]: by the output projection
+    dgate_ptr,  # [b, p, c]: by the gate's argument
+    center_ptr,  # [b, p, h]: the normalised product
+    sums_ptr,  # [b t, c + 2 h]: by output_bias, center_scale, center_offset
+    P: tl.constexpr,
+    J: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_P
+    example = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, BLOCK_P)[:, None]
+    left = P - start
+    first = example * P + start
+    sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (C + 2 * H)
+    _, _, x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
+    product_start = example * H * P + start
+    normal, rstd, center = normalized_product(
+        product_ptr + product_start,
+        center_scale_ptr,
+        center_offset_ptr,
+        left,
+        P,
+        H,
+        BLOCK_P,
+        BLOCK_H,
+    )
+    channel = tl.arange(0, BLOCK_H)[:, None]
+    position = tl.arange(0, BLOCK_P)[None, :]
+    store_tile(center_ptr + first * H, center, H, left, channel, position, 1, H)
+    center = tl.trans(center)
+    dcenter = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
+    for c in range(0, C, BLOCK_O):
+        column = tl.arange(0, BLOCK_O)[None, :]
+        dout = load_tile(dout_ptr + first * C + c, left, C - c, row, column, C, 1).to(tl.float32)
+        if HAS_FACTOR:
+            factor_row = (start + row) % J
+            at = factor_ptr + example * J * C + c
+            dout *= load_tile(at, J, C - c, factor_row, column, C, 1)
+        weights = load_weights(gating_ptr, c, C, C, BLOCK_C, column).to(x.dtype)
+        gate = product(x, weights) + load_vector(gating_bias_ptr + c, column, C - c)
+        gate = sigmoid(gate)
+        weights = load_weights(output_ptr, c, H, C, BLOCK_H, column).to(x.dtype)
+        update = product(center, weights) + load_vector(output_bias_ptr + c, column, C - c)
+        dgate = dout * update * gate * (1.0 - gate)
+        store_tile(dgate_ptr + first * C + c, dgate, left, C - c, row, column, C, 1)
+        dupdate = dout * gate
+        store_tile(dupdate_ptr + first * C + c, dupdate, left, C - c, row, column, C, 1)
+        index = tl.arange(0, BLOCK_O)
+        tl.store(sums + c + index, tl.sum(dupdate, 0), mask=index < C - c)
+        dcenter += product(weights, tl.trans(dupdate.to(x.dtype)))
+    channel = tl.arange(0, BLOCK_H)
+    tl.store(sums + C + channel, tl.sum(dcenter * normal, 1), mask=channel < H)
+    tl.store(sums + C + H + channel, tl.sum(dcenter, 1), mask=channel < H)
+    channel = channel[:, None]
+    dnormal = dcenter * load_vector(center_scale_ptr, channel, H)
+    dproduct = standardize_backward(dnormal, normal, rstd, H, 0)
+    store_tile(dproduct_ptr + product_start, dproduct, H, left, channel, position, P, 1)
+
+
+@triton.jit
+def project_backward_kernel(
+    pair_ptr,  # [b, p, c]
+    mask_ptr,  # [b, p] float32
+    dleft_ptr,  # [b, h, p]
+    dright_ptr,  # [b, h, p]
+    dgate_ptr,  # [b, p, c]: by the argument of the output's gate
+    dout_ptr,  # [b, p, c]: by the result
+    scale_ptr,  # [c]
+    offset_ptr,  # [c]
+    left_ptr,  # [c, h] and its bias [h], as are the three that follow
+    left_bias_ptr,
+    left_gate_ptr,
+    left_gate_bias_ptr,
+    right_ptr,
+    right_bias_ptr,
+    right_gate_ptr,
+    right_gate_bias_ptr,
+    gating_ptr,  # [c, c]
+    dpair_ptr,  # [b, p, c]
+    normalized_ptr,  # [b, p, c]: the normalised pair
+    dprojected_ptr,  # [b, p, 4 h + c]: by the arguments of left, its gate, right, its gate, gate
+    sums_ptr,  # [b t, 4 h + 3 c]: the same summed, then by scale and offset
+    P: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_P
+    example = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, BLOCK_P)[:, None]
+    left = P - start
+    first = example * P + start
+    sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (4 * H + 3 * C)
+    normal, rstd, x = normalized_rows(
+        pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C
+    )
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    store_tile(normalized_ptr + first * C, x, left, C, row, channel, C, 1)
+    mask = load_vector(mask_ptr + first, row, left)
+    out = example * H * P + start
+    wide: tl.constexpr = 4 * H + C
+    dprojected = dprojected_ptr + first * wide
+    dx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for h in range(0, H, BLOCK_H):
+        dx = gated_backward(
+            dx,
+            x,
+            mask,
+            dleft_ptr + out + h * P,
+            left_ptr,
+            left_bias_ptr,
+            left_gate_ptr,
+            left_gate_bias_ptr,
+            dprojected + h,
+            sums + h,
+            h,
+            left,
+            P,
+            C,
+            H,
+            BLOCK_P,
+            BLOCK_C,
+            BLOCK_H,
+        )
+        dx = gated_backward(
+            dx,
+            x,
+            mask,
+            dright_ptr + out + h * P,
+            right_ptr,
+            right_bias_ptr,
+            right_gate_ptr,
+            right_gate_bias_ptr,
+            dprojected + 2 * H + h,
+            sums + 2 * H + h,
+            h,
+            left,
+            P,
+            C,
+            H,
+            BLOCK_P,
+            BLOCK_C,
+            BLOCK_H,
+        )
+    for c in range(0, C, BLOCK_O):
+        column = tl.arange(0, BLOCK_O)[None, :]
+        dgate = load_tile(dgate_ptr + first * C + c, left, C - c, row, column, C, 1)
+        store_tile(dprojected + 4 * H + c, dgate, left, C - c, row, column, wide, 1)
+        index = tl.arange(0, BLOCK_O)
+        tl.store(sums + 4 * H + c + index, tl.sum(dgate.to(tl.float32), 0), mask=index < C - c)
+        weights = load_weights(gating_ptr, c, C, C, BLOCK_C, column).to(x.dtype)
+        dx += product(dgate, tl.trans(weights))
+    index = tl.arange(0, BLOCK_C)
+    tl.store(sums + wide + index, tl.sum(dx * normal, 0), mask=index < C)
+    tl.store(sums + wide + C + index, tl.sum(dx, 0), mask=index < C)
+    dpair = standardize_backward(dx * load_vector(scale_ptr, channel, C), normal, rstd, C, 1)
+    if RESIDUAL:
+        dpair += load_tile(dout_ptr + first * C, left, C, row, channel, C, 1).to(tl.float32)
+    store_tile(dpair_ptr + first * C, dpair, left, C, row, channel, C, 1)
+
+
+@triton.jit
+def gated_backward(
+    dx,
+    x,
+    mask,
+    dgated_ptr,
+    weights_ptr,
+    bias_ptr,
+    gate_ptr,
+    gate_bias_ptr,
+    dprojected_ptr,
+    sums_ptr,
+    h,
+    left,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """``dx`` and what BLOCK_H channels of one gated projection add to it."""
+    row = tl.arange(0, BLOCK_P)[:, None]
+    column = tl.arange(0, BLOCK_H)[None, :]
+    index = tl.arange(0, BLOCK_H)
+    wide: tl.constexpr = 4 * H + C
+    weights = load_weights(weights_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
+    gate_weights = load_weights(gate_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
+    value = product(x, weights) + load_vector(bias_ptr + h, column, H - h)
+    gate = sigmoid(product(x, gate_weights) + load_vector(gate_bias_ptr + h, column, H - h))
+    dgated = load_tile(dgated_ptr, left, H - h, row, column, 1, P).to(tl.float32) * mask
+    dvalue = dgated * gate
+    store_tile(dprojected_ptr, dvalue, left, H - h, row, column, wide, 1)
+    tl.store(sums_ptr + index, tl.sum(dvalue, 0), mask=index < H - h)
+    dx += product(dvalue.to(x.dtype), tl.trans(weights))
+    dgate = dvalue * value * (1.0 - gate)
+    store_tile(dprojected_ptr + H, dgate, left, H - h, row, column, wide, 1)
+    tl.store(sums_ptr + H + index, tl.sum(dgate, 0), mask=index < H - h)
+    dx += product(dgate.to(x.dtype), tl.trans(gate_weights))
+    return dx
+
+
+def project_backward(
+    b: int,
+    p: int,
+    c: int,
+    h: int,
+    dtype: str,
+    architecture: int,
+    residual: bool,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """See the kernel -> dpair, normalised pair [b p c], dprojected [b p 4h+c], sums."""
+    tiles = tiles or choose(PROJECT_BACKWARD, c, dtype, architecture)
+    pair = Output((b, p, c), dtype)
+    outputs = (
+        pair,
+        pair,
+        Output((b, p, 4 * h + c), dtype),
+        Output((b * cdiv(p, tiles.rows), 4 * h + 3 * c), "float32"),
+    )
+    sizes = {"P": p, "C": c, "H": h, "RESIDUAL": residual}
+    blocks = {"BLOCK_C": block(c), "BLOCK_H": tiles.fit(h), "BLOCK_O": tiles.fit(c)}
+    return launch_tiles(project_backward_kernel, b, p, outputs, sizes | blocks, tiles)
+
+
+def output_backward(
+    b: int,
+    shape: tuple[int, int],
+    c: int,
+    h: int,
+    dtype: str,
+    architecture: int,
+    has_factor: bool,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """See the kernel -> dproduct, dupdate, dgate, normalised product [b p h], sums."""
+    tiles = tiles or choose(OUTPUT_BACKWARD, c, dtype, architecture)
+    p = shape[0] * shape[1]
+    pair = Output((b, p, c), dtype)
+    outputs = (
+        Output((b, h, p), dtype),
+        pair,
+        pair,
+        Output((b, p, h), dtype),
+        Output((b * cdiv(p, tiles.rows), c + 2 * h), "float32"),
+    )
+    sizes = {"P": p, "J": shape[1], "C": c, "H": h, "HAS_FACTOR": has_factor}
+    blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": tiles.fit(c)}
+    return launch_tiles(output_backward_kernel, b, p, outputs, sizes | blocks, tiles)

@@ -1,0 +1,91 @@
+"""``ops.layer_norm`` and ``ops.transition`` by Triton kernels."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from foldcore.kernels import layer_norm as norm_kernels
+from foldcore.kernels import transition as transition_kernels
+from foldcore.kernels.rows import column_sums
+from jaxfold._triton import architecture, call, dtype_name
+
+
+def sum_columns(sums: Array, like: Array) -> Array:
+    """The last step of the gradients of vectors, in the dtype of ``like``."""
+    n, m = sums.shape
+    return call(column_sums(n, m, dtype_name(like), architecture()), sums)[0]
+
+
+# Layer normalisation ------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def layer_norm(x: Array, scale: Array, offset: Array) -> Array:
+    c = x.shape[-1]
+    launch = norm_kernels.forward(x.size // c, c, dtype_name(x), architecture())
+    return call(launch, x.reshape(-1, c), scale, offset)[0].reshape(x.shape)
+
+
+def _norm_forward(x: Array, scale: Array, offset: Array) -> tuple[Array, tuple[Array, Array]]:
+    return layer_norm(x, scale, offset), (x, scale)
+
+
+def _norm_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+    x, scale = saved
+    c = x.shape[-1]
+    launch = norm_kernels.backward(x.size // c, c, dtype_name(x), architecture())
+    x_grad, sums = call(launch, x.reshape(-1, c), scale, grad.reshape(-1, c))
+    vectors = sum_columns(sums, scale)
+    return x_grad.reshape(x.shape), vectors[:c], vectors[c:]
+
+
+layer_norm.defvjp(_norm_forward, _norm_backward)
+
+
+# Transition ---------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def transition(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    weights1: Array,
+    bias1: Array,
+    weights2: Array,
+    bias2: Array,
+    residual: bool,
+) -> Array:
+    c, f = weights1.shape
+    n = x.size // c
+    launch = transition_kernels.forward(n, c, f, dtype_name(x), architecture(), residual)
+    (y,) = call(launch, x.reshape(n, c), scale, offset, weights1, bias1, weights2, bias2)
+    return y.reshape(x.shape)
+
+
+def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
+    return transition(*inputs), inputs[:6]
+
+
+def _transition_backward(
+    residual: bool, saved: tuple[Array, ...], grad: Array
+) -> tuple[Array, ...]:
+    x, *parameters = saved
+    bias1 = parameters[3]
+    c, f = parameters[2].shape
+    n = x.size // c
+    rows, rows_grad = x.reshape(n, c), grad.reshape(n, c)
+    launch = transition_kernels.backward(n, c, f, dtype_name(x), architecture(), residual)
+    x_grad, normalized, hidden, hidden_grad, sums = call(launch, rows, rows_grad, *parameters)
+    weights1_grad = jnp.einsum("nc,nf->cf", normalized, hidden_grad)
+    weights2_grad = jnp.einsum("nf,nc->fc", hidden, rows_grad)
+    vectors = sum_columns(sums, bias1)
+    bias1_grad, bias2_grad, scale, offset = jnp.split(vectors, (f, f + c, f + 2 * c))
+    weights = (weights1_grad, bias1_grad, weights2_grad, bias2_grad)
+    return x_grad.reshape(x.shape), scale, offset, *weights
+
+
+transition.defvjp(_transition_forward, _transition_backward)

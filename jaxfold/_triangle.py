@@ -1,0 +1,107 @@
+"""``ops.triangle_multiplication`` by Triton kernels."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from foldcore.kernels import triangle, triangle_backward
+from jaxfold._rows import sum_columns
+from jaxfold._triton import architecture, call, dtype_name
+
+
+def triangle_multiplication(
+    pair: Array,
+    mask: Array,
+    parameters: tuple[Array, ...],
+    outgoing: bool,
+    factor: Array | None,
+    residual: bool,
+) -> Array:
+    return _multiplication(pair, mask, factor, tuple(parameters), outgoing, residual)
+
+
+def _multiply(left: Array, right: Array, outgoing: bool) -> Array:
+    """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i]."""
+    return left @ right.mT if outgoing else right.mT @ left
+
+
+def _multiply_backward(
+    left: Array, right: Array, grad: Array, outgoing: bool
+) -> tuple[Array, Array]:
+    if outgoing:
+        return grad @ right, grad.mT @ left
+    return right @ grad, left @ grad.mT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _multiplication(
+    pair: Array,
+    mask: Array,
+    factor: Array | None,
+    parameters: tuple[Array, ...],
+    outgoing: bool,
+    residual: bool,
+) -> Array:
+    return _forward(pair, mask, factor, parameters, outgoing, residual)[0]
+
+
+def _forward(
+    pair: Array,
+    mask: Array,
+    factor: Array | None,
+    parameters: tuple[Array, ...],
+    outgoing: bool,
+    residual: bool,
+) -> tuple[Array, Any]:
+    """The result, and what the backward pass needs; left, right and product are [b h i j]."""
+    b, i, j, c = pair.shape
+    h = parameters[2].shape[1]
+    kind = dtype_name(pair), architecture()
+    mask = mask.astype(jnp.float32)
+    launch = triangle.project(b, i * j, c, h, *kind)
+    left, right = (x.reshape(b, h, i, j) for x in call(launch, pair, mask, *parameters[:10]))
+    product = _multiply(left, right, outgoing)
+    launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)
+    inputs = (product, pair, mask if factor is None else factor)
+    (out,) = call(launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:])
+    saved = (pair, mask, factor, parameters, left, right, product)
+    return out.reshape(pair.shape), saved
+
+
+def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[Any, ...]:
+    """Gradients of pair and parameters; mask and factor have none."""
+    pair, mask, factor, parameters, left, right, product = saved
+    b, i, j, c = pair.shape
+    h = parameters[2].shape[1]
+    kind = dtype_name(pair), architecture()
+    launch = triangle_backward.output_backward(b, (i, j), c, h, *kind, factor is not None)
+    inputs = (grad, product, pair, mask if factor is None else factor)
+    product_grad, update_grad, gate_grad, center, output_sums = call(
+        launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:]
+    )
+    output = jnp.einsum("bph,bpc->hc", center, update_grad)
+    grads = _multiply_backward(left, right, product_grad.reshape(b, h, i, j), outgoing)
+    launch = triangle_backward.project_backward(b, i * j, c, h, *kind, residual)
+    weights = (*parameters[:10], parameters[14])
+    pair_grad, normalized, projected_grad, sums = call(
+        launch, pair, mask, *grads, gate_grad, grad, *weights
+    )
+    projections = jnp.einsum("bpc,bpw->cw", normalized, projected_grad)
+    bias = parameters[3]
+    first, second = sum_columns(sums, bias), sum_columns(output_sums, bias)
+    ends = tuple(itertools.accumulate((h, h, h, h, c, c)))
+    *biases, scale, offset = jnp.split(first, ends)
+    pairs = zip(jnp.split(projections, ends[:4], axis=1), biases, strict=True)
+    *flat, gating, gating_bias = (x for both in pairs for x in both)
+    output_bias, center_scale, center_offset = jnp.split(second, (c, c + h))
+    middle = (center_scale, center_offset, output, output_bias)
+    parameter_grads = (scale, offset, *flat, *middle, gating, gating_bias)
+    factor_grad = None if factor is None else jnp.zeros_like(factor)
+    return pair_grad.reshape(pair.shape), jnp.zeros_like(mask), factor_grad, parameter_grads
+
+
+_multiplication.defvjp(_forward, _backward)

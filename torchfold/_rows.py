@@ -1,0 +1,146 @@
+"""``ops.layer_norm`` and ``ops.transition`` by Triton kernels: custom operators."""
+
+import torch
+from torch import Tensor
+
+from foldcore.kernels import layer_norm as norm_kernels
+from foldcore.kernels import transition as transition_kernels
+from foldcore.kernels.rows import column_sums
+from torchfold._triton import architecture, call, dtype_name
+
+
+def sum_columns(sums: Tensor, like: Tensor) -> Tensor:
+    """The last step of the gradients of vectors, in the dtype of ``like``."""
+    n, m = sums.shape
+    return call(column_sums(n, m, dtype_name(like), architecture(sums.device)), sums)[0]
+
+
+# Layer normalisation ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("twinfold::layer_norm", mutates_args=())
+def layer_norm(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    c = x.shape[-1]
+    launch = norm_kernels.forward(x.numel() // c, c, dtype_name(x), architecture(x.device))
+    return call(launch, x, scale, offset)[0].view(x.shape)
+
+
+@layer_norm.register_fake
+def _(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("twinfold::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by x, and by scale and offset end to end."""
+    c = x.shape[-1]
+    launch = norm_kernels.backward(x.numel() // c, c, dtype_name(x), architecture(x.device))
+    x_grad, sums = call(launch, x, scale, grad)
+    return x_grad.view(x.shape), sum_columns(sums, scale)
+
+
+@_layer_norm_backward.register_fake
+def _(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(2 * scale.shape[0])
+
+
+def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _norm_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    x_grad, vectors = _layer_norm_backward(*ctx.saved_tensors, grad)
+    return x_grad, *vectors.chunk(2)
+
+
+layer_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+# Transition ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("twinfold::transition", mutates_args=())
+def transition(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> Tensor:
+    c, f = weights1.shape
+    n, arch = x.numel() // c, architecture(x.device)
+    launch = transition_kernels.forward(n, c, f, dtype_name(x), arch, residual)
+    (y,) = call(launch, x, scale, offset, weights1, bias1, weights2, bias2)
+    return y.view(x.shape)
+
+
+@transition.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("twinfold::transition_backward", mutates_args=())
+def _transition_backward(
+    x: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by x and the weights; by both biases, scale and offset end to end."""
+    c, f = weights1.shape
+    n, arch = x.numel() // c, architecture(x.device)
+    launch = transition_kernels.backward(n, c, f, dtype_name(x), arch, residual)
+    x_grad, normalized, hidden, hidden_grad, sums = call(
+        launch, x, grad, scale, offset, weights1, bias1, weights2
+    )
+    weights1_grad = normalized.T @ hidden_grad
+    weights2_grad = hidden.T @ grad.reshape(n, c)
+    return x_grad.view(x.shape), weights1_grad, weights2_grad, sum_columns(sums, bias1)
+
+
+@_transition_backward.register_fake
+def _(
+    x: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c, f = weights1.shape
+    weights = weights1.new_empty((c, f)), weights1.new_empty((f, c))
+    return x.new_empty(x.shape), *weights, bias1.new_empty(f + 3 * c)
+
+
+def _save_transition(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *saved, _, ctx.residual = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _transition_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+    x, *parameters = ctx.saved_tensors
+    c, f = parameters[2].shape
+    x_grad, weights1, weights2, vectors = _transition_backward(x, grad, *parameters, ctx.residual)
+    bias1, bias2, scale, offset = vectors.split((f, c, c, c))
+    return x_grad, scale, offset, weights1, bias1, weights2, bias2, None
+
+
+transition.register_autograd(_transition_gradients, setup_context=_save_transition)
