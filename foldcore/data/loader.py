@@ -25,7 +25,7 @@ from foldcore.data.ledger import Head, Ledger, continue_ledger, read_ledger
 from foldcore.data.order import Order, Script
 from foldcore.data.sampler import Plan, recycling_iters
 from foldcore.data.source import InProcess, Source, Taken, Workers
-from foldcore.features import Batch
+from foldcore.features import FEATURES, Batch
 
 _log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class Loader(Iterator[Batch]):
         examples = [t.features for t in taken if t.features is not None]
         batch = {}
         for name, array in examples[0].items():
-            batch[name] = self._allocate((len(examples), *array.shape), str(array.dtype))
+            batch[name] = self._allocate((len(examples), *array.shape), FEATURES[name].dtype)
             for i, example in enumerate(examples):
                 batch[name][i] = example[name]
         step = self._step if step is None else step

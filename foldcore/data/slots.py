@@ -36,6 +36,7 @@ class Slots:
         self._memory = mmap.mmap(descriptor, self.nbytes)
         self._attempts = np.ndarray(count, np.int32, self._memory)
         self._start = header
+        self._views: dict[int, Batch] = {}
 
     @classmethod
     def create(cls, sizes: Mapping[str, int], count: int) -> "Slots":
@@ -58,12 +59,15 @@ class Slots:
         return _aligned(4 * count) + _places(sizes)[1] * count
 
     def __getitem__(self, slot: int) -> Batch:
-        found = {}
-        for name, place in self._places.items():
-            dims, dtype = shape(name, self.sizes)[1:], FEATURES[name].dtype
-            start = self._start + slot * self._stride + place
-            found[name] = np.ndarray(dims, dtype, self._memory, start)
-        return found
+        if slot not in self._views:
+            start = self._start + slot * self._stride
+            self._views[slot] = {
+                name: np.ndarray(
+                    shape(name, self.sizes)[1:], FEATURES[name].dtype, self._memory, start + place
+                )
+                for name, place in self._places.items()
+            }
+        return self._views[slot]
 
     def write(self, slot: int, example: Mapping[str, np.ndarray]) -> None:
         """Copy an example into a slot; it must have exactly the schema's features."""
