@@ -13,9 +13,11 @@ import tests.triton_interpreter  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative error of the norm. float32: rounding in sums of some hundreds. bfloat16: inputs and what
-# is kept on the way carry 8 bits, 0.2 % each, and rounding switches a few hidden units on or off.
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+# Relative error of the norm: rounding in float32 sums of some hundreds.
+FLOAT32_TOLERANCE = 5e-6
+# In bfloat16 the plain implementation says what rounding costs, such as relu switching a unit on or
+# off; kernels round less often. Below the floor, one rounding of the result.
+BFLOAT16_RATIO, BFLOAT16_FLOOR = 1.25, 3e-3
 
 # function(implementation, **arrays) -> result
 Function = Callable[..., Tensor]
@@ -53,8 +55,14 @@ def check(
     exact = {name: x.double() for name, x in given.items()}
     expected = results(function, "reference", exact, constant)
     assert found.keys() == expected.keys()
+    plain = results(function, "reference", given, constant) if dtype == torch.bfloat16 else {}
     for name, want in expected.items():
-        got = found[name]
-        assert got.shape == want.shape, name
-        error = float(torch.linalg.norm(got.double() - want) / torch.linalg.norm(want))
-        assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
+        assert found[name].shape == want.shape, name
+        error, bound = relative_error(found[name], want), FLOAT32_TOLERANCE
+        if plain:
+            bound = max(BFLOAT16_RATIO * relative_error(plain[name], want), BFLOAT16_FLOOR)
+        assert error < bound, f"{name}: {error:.1e}, expected less than {bound:.1e}"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(found.double() - expected) / torch.linalg.norm(expected))

@@ -125,12 +125,31 @@ def product(a, b):
 def normalized_rows(
     x_ptr, scale_ptr, offset_ptr, left, row, C: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Rows with mean 0 and variance 1, 1 / standard deviation, and the rows scaled and shifted."""
+    """LayerNorm of rows, in their dtype."""
     column = tl.arange(0, BLOCK_C)[None, :]
     x = load_tile(x_ptr, left, C, row, column, C, 1)
-    normal, rstd = standardize(x.to(tl.float32), column < C, C, 1)
+    normal, _ = standardize(x.to(tl.float32), column < C, C, 1)
     y = normal * load_vector(scale_ptr, column, C) + load_vector(offset_ptr, column, C)
-    return normal, rstd, y.to(x.dtype)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def rows_backward(
+    x_ptr, scale_ptr, gradient, sums_ptr, left, row, C: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Gradient by the rows given to ``normalized_rows`` from that by what it returned.
+
+    Its sums for scale and offset go to ``sums_ptr`` [2, c]. The rows are read a second time: to
+    keep them normalised through a loop of matrix products would take too many registers.
+    """
+    column = tl.arange(0, BLOCK_C)[None, :]
+    index = tl.arange(0, BLOCK_C)
+    x = load_tile(x_ptr, left, C, row, column, C, 1).to(tl.float32)
+    normal, rstd = standardize(x, column < C, C, 1)
+    tl.store(sums_ptr + index, tl.sum(gradient * normal, 0), mask=index < C)
+    tl.store(sums_ptr + C + index, tl.sum(gradient, 0), mask=index < C)
+    gradient *= load_vector(scale_ptr, column, C)
+    return standardize_backward(gradient, normal, rstd, C, 1)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from foldcore.kernels.rows import (
     load_weights,
     normalized_rows,
     product,
-    standardize_backward,
+    rows_backward,
     store_tile,
 )
 
@@ -55,7 +55,7 @@ def forward_kernel(
     left = N - start
     row = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
-    _, _, x = normalized_rows(x_ptr + start * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
+    x = normalized_rows(x_ptr + start * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     y = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for f in range(0, F, BLOCK_F):
         hidden_column = tl.arange(0, BLOCK_F)[None, :]
@@ -100,9 +100,7 @@ def backward_kernel(
     column = tl.arange(0, BLOCK_C)[None, :]
     index = tl.arange(0, BLOCK_C)
     sums = sums_ptr + tile * (F + 3 * C)
-    normal, rstd, x = normalized_rows(
-        x_ptr + start * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C
-    )
+    x = normalized_rows(x_ptr + start * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     store_tile(normalized_ptr + start * C, x, left, C, row, column, C, 1)
     dy = load_tile(dy_ptr + start * C, left, C, row, column, C, 1)
     tl.store(sums + F + index, tl.sum(dy.to(tl.float32), 0), mask=index < C)
@@ -122,11 +120,10 @@ def backward_kernel(
         hidden_index = tl.arange(0, BLOCK_F)
         tl.store(sums + f + hidden_index, tl.sum(dhidden, 0), mask=hidden_index < F - f)
         dx += product(dhidden.to(x.dtype), tl.trans(weights1))
-    tl.store(sums + F + C + index, tl.sum(dx * normal, 0), mask=index < C)
-    tl.store(sums + F + 2 * C + index, tl.sum(dx, 0), mask=index < C)
-    dx = standardize_backward(dx * load_vector(scale_ptr, column, C), normal, rstd, C, 1)
+    at = sums + F + C
+    dx = rows_backward(x_ptr + start * C, scale_ptr, dx, at, left, row, C, BLOCK_C)
     if RESIDUAL:
-        dx += dy.to(tl.float32)
+        dx += load_tile(dy_ptr + start * C, left, C, row, column, C, 1).to(tl.float32)
     store_tile(dx_ptr + start * C, dx, left, C, row, column, C, 1)
 
 

@@ -61,7 +61,7 @@ def project_kernel(
     row = tl.arange(0, BLOCK_P)[:, None]
     left = P - start
     first = example * P + start
-    _, _, x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
+    x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     mask = load_vector(mask_ptr + first, row, left)
     out = example * H * P + start
     for h in range(0, H, BLOCK_H):
@@ -139,8 +139,8 @@ def output_kernel(
     row = tl.arange(0, BLOCK_P)[:, None]
     left = P - start
     first = example * P + start
-    _, _, x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
-    _, _, center = normalized_product(
+    x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
+    center = normalized_product(
         product_ptr + example * H * P + start,
         center_scale_ptr,
         center_offset_ptr,
@@ -179,13 +179,13 @@ def normalized_product(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """As ``normalized_rows``, of a tile [BLOCK_H, BLOCK_P] whose positions lie side by side."""
+    """LayerNorm of a tile [BLOCK_H, BLOCK_P], whose positions lie side by side."""
     channel = tl.arange(0, BLOCK_H)[:, None]
     position = tl.arange(0, BLOCK_P)[None, :]
     x = load_tile(product_ptr, H, left, channel, position, P, 1)
-    normal, rstd = standardize(x.to(tl.float32), channel < H, H, 0)
+    normal, _ = standardize(x.to(tl.float32), channel < H, H, 0)
     y = normal * load_vector(scale_ptr, channel, H) + load_vector(offset_ptr, channel, H)
-    return normal, rstd, y.to(x.dtype)
+    return y.to(x.dtype)
 
 
 def project(

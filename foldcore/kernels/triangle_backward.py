@@ -19,7 +19,9 @@ from foldcore.kernels.rows import (
     load_weights,
     normalized_rows,
     product,
+    rows_backward,
     sigmoid,
+    standardize,
     standardize_backward,
     store_tile,
 )
@@ -65,9 +67,9 @@ def output_backward_kernel(
     left = P - start
     first = example * P + start
     sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (C + 2 * H)
-    _, _, x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
+    x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     product_start = example * H * P + start
-    normal, rstd, center = normalized_product(
+    center = normalized_product(
         product_ptr + product_start,
         center_scale_ptr,
         center_offset_ptr,
@@ -101,12 +103,14 @@ def output_backward_kernel(
         index = tl.arange(0, BLOCK_O)
         tl.store(sums + c + index, tl.sum(dupdate, 0), mask=index < C - c)
         dcenter += product(weights, tl.trans(dupdate.to(x.dtype)))
-    channel = tl.arange(0, BLOCK_H)
-    tl.store(sums + C + channel, tl.sum(dcenter * normal, 1), mask=channel < H)
-    tl.store(sums + C + H + channel, tl.sum(dcenter, 1), mask=channel < H)
-    channel = channel[:, None]
-    dnormal = dcenter * load_vector(center_scale_ptr, channel, H)
-    dproduct = standardize_backward(dnormal, normal, rstd, H, 0)
+    # a second time, as in rows_backward
+    x = load_tile(product_ptr + product_start, H, left, channel, position, P, 1).to(tl.float32)
+    normal, rstd = standardize(x, channel < H, H, 0)
+    index = tl.arange(0, BLOCK_H)
+    tl.store(sums + C + index, tl.sum(dcenter * normal, 1), mask=index < H)
+    tl.store(sums + C + H + index, tl.sum(dcenter, 1), mask=index < H)
+    dcenter *= load_vector(center_scale_ptr, channel, H)
+    dproduct = standardize_backward(dcenter, normal, rstd, H, 0)
     store_tile(dproduct_ptr + product_start, dproduct, H, left, channel, position, P, 1)
 
 
@@ -148,9 +152,7 @@ def project_backward_kernel(
     left = P - start
     first = example * P + start
     sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (4 * H + 3 * C)
-    normal, rstd, x = normalized_rows(
-        pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C
-    )
+    x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     channel = tl.arange(0, BLOCK_C)[None, :]
     store_tile(normalized_ptr + first * C, x, left, C, row, channel, C, 1)
     mask = load_vector(mask_ptr + first, row, left)
@@ -207,10 +209,8 @@ def project_backward_kernel(
         tl.store(sums + 4 * H + c + index, tl.sum(dgate.to(tl.float32), 0), mask=index < C - c)
         weights = load_weights(gating_ptr, c, C, C, BLOCK_C, column).to(x.dtype)
         dx += product(dgate, tl.trans(weights))
-    index = tl.arange(0, BLOCK_C)
-    tl.store(sums + wide + index, tl.sum(dx * normal, 0), mask=index < C)
-    tl.store(sums + wide + C + index, tl.sum(dx, 0), mask=index < C)
-    dpair = standardize_backward(dx * load_vector(scale_ptr, channel, C), normal, rstd, C, 1)
+    at = sums + wide
+    dpair = rows_backward(pair_ptr + first * C, scale_ptr, dx, at, left, row, C, BLOCK_C)
     if RESIDUAL:
         dpair += load_tile(dout_ptr + first * C, left, C, row, channel, C, 1).to(tl.float32)
     store_tile(dpair_ptr + first * C, dpair, left, C, row, channel, C, 1)
