@@ -1,7 +1,8 @@
 """Access to DeepMind's published functions for the data tests."""
 
 import pytest
-from oracle import shim
+
+from parity.oracle import shim
 
 
 def load() -> None:

@@ -1,7 +1,8 @@
 """Every loss term and its gradients by the predictions, against DeepMind's code."""
 
 import pytest
-from oracle import process
+
+from parity.oracle import process
 
 TERMS = (
     "backbone_fape",

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import process, shim
 
 from foldcore.deepmind import read_npz, write_npz
+from parity.oracle import process, shim
 
 MODULES = (
     "msa_row_attention_with_pair_bias",
@@ -64,7 +64,7 @@ def test_labels_of_real_chains() -> None:
 def test_parameter_files_pass_between_both_codes_unchanged(tmp_path: Path) -> None:
     if not shim.available():
         pytest.skip(shim.MISSING)
-    from oracle import ours, published
+    from parity.oracle import ours, published
 
     params = published.random_params(ours.shapes())
     write_npz(tmp_path / "ours.npz", params)

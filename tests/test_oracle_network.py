@@ -1,7 +1,8 @@
 """The whole network with recycling against DeepMind's: outputs, losses, every gradient."""
 
 import pytest
-from oracle import process
+
+from parity.oracle import process
 
 PASSES = ("0 recycling passes", "2 recycling passes")
 # Zero in exact arithmetic, so no mutation changes them: compared absolutely.

@@ -21,7 +21,7 @@ import torchfold.primitives
 from foldcore import dropout as definition
 from foldcore.config import LossConfig, OptimizerConfig
 from foldcore.initializers import draw
-from tests.oracle.example import make_batch
+from parity.oracle.example import make_batch
 from tests.torch_twin import (
     JAX,
     TORCH,

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from oracle import compare, shim
-from oracle.compare import Comparison
+from parity.oracle import compare, shim
+from parity.oracle.compare import Comparison
 
 # compilation takes most of the time, and the programs are small
 _FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_TESTS = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @functools.cache
 def table(module: str, precision: str) -> dict[str, Comparison]:
-    """What ``python -m oracle.MODULE PRECISION`` reports; skips where the oracle is missing."""
+    """What ``python -m parity.oracle.MODULE PRECISION`` says; skips without the oracle."""
     if not shim.available():
         pytest.skip(shim.MISSING)
-    paths = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     settings = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": _FAST_COMPILATION,
@@ -30,7 +30,7 @@ def table(module: str, precision: str) -> dict[str, Comparison]:
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
-        command = [sys.executable, "-m", f"oracle.{module}", precision, str(path)]
+        command = [sys.executable, "-m", f"parity.oracle.{module}", precision, str(path)]
         done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stderr.decode()[-4000:]}")
@@ -40,7 +40,7 @@ def table(module: str, precision: str) -> dict[str, Comparison]:
 def rows(module: str, precision: str, prefix: str) -> dict[str, Comparison]:
     """The rows whose name begins so, at least one."""
     found = {n: row for n, row in table(module, precision).items() if n.startswith(prefix)}
-    assert found, f"oracle.{module} compares nothing called {prefix!r}"
+    assert found, f"parity.oracle.{module} compares nothing called {prefix!r}"
     return found
 
 

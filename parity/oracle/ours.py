@@ -10,7 +10,7 @@ from flax import nnx
 from foldcore.config import LossConfig, ModelConfig
 from jaxfold.model import AlphaFold
 from jaxfold.params import load_parameters, parameters
-from oracle import published
+from parity.oracle import published
 
 # the released configuration's weights; 2.0.0 takes the C-N length's deviation for this angle
 LOSS = LossConfig(

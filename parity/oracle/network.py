@@ -1,6 +1,6 @@
 """The whole network in both codes: outputs, losses and the gradient of every parameter.
 
-    python -m oracle.network float64 table.json
+    python -m parity.oracle.network float64 table.json
 
 Runs in its own process because the precision is a setting of the whole process.
 """
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfold.losses import alphafold_loss
-from oracle import compare, example, ours, published
-from oracle.compare import Comparison
+from parity.oracle import compare, example, ours, published
+from parity.oracle.compare import Comparison
 
 RECYCLING = (0, 2)
 MUTATED = "evoformer/left_single//weights"  # its sign is flipped to see whether a case can fail

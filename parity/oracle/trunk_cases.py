@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from jaxfold.embedders import distance_bins
 from jaxfold.model import AlphaFold
-from oracle import ours, published
-from oracle.case import Case, Inputs, Outputs
-from oracle.published import modules
+from parity.oracle import ours, published
+from parity.oracle.case import Case, Inputs, Outputs
+from parity.oracle.published import modules
 
 GLOBAL = published.tiny_config().global_config
 TRUNK = published.tiny_config().embeddings_and_evoformer

@@ -1,6 +1,6 @@
 """Labels of real chains against DeepMind's functions of atoms.
 
-python -m oracle.labels float64 table.json
+python -m parity.oracle.labels float64 table.json
 """
 
 import sys
@@ -12,9 +12,9 @@ import numpy as np
 from foldcore import constants
 from foldcore.data.labels import make_labels, quaternion_affine, torsion_angles
 from foldcore.data.mmcif import read_structure
-from oracle import compare
-from oracle.compare import Comparison
-from oracle.published import all_atom, modules, quat_affine
+from parity.oracle import compare
+from parity.oracle.compare import Comparison
+from parity.oracle.published import all_atom, modules, quat_affine
 
 CHAINS = {"5pti": "A", "1ubq": "A", "1a8o": "A"}
 RESIDUES = 56  # all chains are cut to this many, so that DeepMind's functions are compiled once

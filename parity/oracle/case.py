@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxfold.model import AlphaFold
-from oracle.published import Params
+from parity.oracle.published import Params
 
 Inputs = Mapping[str, Any]
 Outputs = dict[str, Any]

@@ -1,6 +1,6 @@
 """Every module and geometric function in both codes, each by itself.
 
-python -m oracle.modules float64 table.json
+python -m parity.oracle.modules float64 table.json
 """
 
 import sys
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from oracle import compare, example, ours, published, structure_cases, trunk_cases
-from oracle.case import Case
-from oracle.compare import Comparison
-from oracle.network import make_params
+from parity.oracle import compare, example, ours, published, structure_cases, trunk_cases
+from parity.oracle.case import Case
+from parity.oracle.compare import Comparison
+from parity.oracle.network import make_params
 
 CASES: dict[str, Case] = {**trunk_cases.CASES, **structure_cases.CASES}
 EXAMPLES = 2

@@ -1,6 +1,6 @@
 """Every loss term in both codes: its value and its gradient by everything the network predicts.
 
-    python -m oracle.losses float64 table.json
+    python -m parity.oracle.losses float64 table.json
 
 The predictions are random numbers near the true structure, each independent of the others.
 """
@@ -18,9 +18,9 @@ from foldcore import constants
 from jaxfold.losses import alphafold_loss
 from jaxfold.rigid import quaternion_to_rotation
 from jaxfold.structure_losses import rename_symmetric_ground_truth_atoms
-from oracle import compare, example, ours, published
-from oracle.compare import Comparison
-from oracle.published import folding, modules, r3
+from parity.oracle import compare, example, ours, published
+from parity.oracle.compare import Comparison
+from parity.oracle.published import folding, modules, r3
 
 Arrays = dict[str, np.ndarray]
 Tree = Mapping[str, Any]

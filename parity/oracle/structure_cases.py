@@ -10,9 +10,9 @@ from jaxfold import heads, rigid
 from jaxfold.model import AlphaFold
 from jaxfold.rigid import Rigid, rigid_from_quaternion
 from jaxfold.structure_module import POSITION_SCALE, backbone_update
-from oracle import published
-from oracle.case import Case, Inputs, Outputs
-from oracle.published import all_atom, confidence, folding, modules, quat_affine, r3
+from parity.oracle import published
+from parity.oracle.case import Case, Inputs, Outputs
+from parity.oracle.published import all_atom, confidence, folding, modules, quat_affine, r3
 
 CONFIG = published.tiny_config()
 GLOBAL = CONFIG.global_config

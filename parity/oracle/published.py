@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from oracle import shim
+from parity.oracle import shim
 
 shim.install()
 
