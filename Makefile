@@ -25,7 +25,7 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup train-jax train-torch test test-slow test-gpu lint format oracle clean
+.PHONY: help setup train-jax train-torch test test-slow test-gpu bench-kernels lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -67,6 +67,9 @@ test-slow: oracle  ## the tests that take longer
 
 test-gpu: oracle  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu
+
+bench-kernels: setup  ## times and errors of the kernels beside their peers, on an NVIDIA GPU
+	@$(BIN)/python -m parity.bench_kernels $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -33,6 +33,13 @@ def use(name: str) -> None:
     _chosen = name
 
 
+def self_test() -> None:
+    """Run every kernel on this device; raise WrongKernel, with its name, if one is wrong."""
+    from jaxfold import _self_test
+
+    _self_test.run()
+
+
 def _require_reference(op: str, implementation: str | None, *arrays: Array) -> None:
     if _kernel_runs(op, implementation, *arrays):
         _refuse(op, implementation, "there is no such kernel yet", *arrays)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import tests.triton_interpreter  # noqa: F401
-from torchfold import _triton, ops
+from foldcore.kernels import attention_tiles, cases
+from torchfold import _self_test, _triton, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,7 +91,7 @@ LENGTHS = (1, 7, 37, 129, 257, 384)
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_any_length(length: int) -> None:
-    check(Case(groups=3, length=length, heads=1))
+    check(Case(groups=3 if length < 100 else 2, length=length, heads=1))
 
 
 @pytest.mark.parametrize(
@@ -120,3 +121,22 @@ def test_any_kind(case: Case) -> None:
 )
 def test_bfloat16(case: Case) -> None:
     check(case)
+
+
+def test_a_wrong_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = attention_tiles.Problem.constants
+    shapes = {"projected": (1, 2, 20, 4, 1, 16), "mask": (1, 2, 20)}
+    case = cases.Case("gated_attention", shapes, {"scale": 0.2})
+    monkeypatch.setattr(_self_test, "CASES", (case,))
+    ops.self_test()
+    monkeypatch.setattr(
+        attention_tiles.Problem, "constants", lambda self: constants(self) | {"SCALE": 0.25}
+    )
+    with pytest.raises(cases.WrongKernel, match="gated_attention are wrong on this device"):
+        ops.self_test()
+
+
+def test_what_kernels_cannot_do_is_refused() -> None:
+    projected, mask = torch.ones(1, 2, 3, 4, 1, 16, dtype=torch.float64), torch.ones(1, 2, 3)
+    with pytest.raises(ops.UnsupportedOp, match=r"gated_attention\(torch.float64\[1, 2, 3, 4"):
+        ops.gated_attention(projected, mask, implementation="triton")

@@ -33,6 +33,13 @@ def use(name: str) -> None:
     _chosen = name
 
 
+def self_test() -> None:
+    """Run every kernel on this device; raise WrongKernel, with its name, if one is wrong."""
+    from torchfold import _self_test
+
+    _self_test.run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _require_reference(op: str, implementation: str | None, *arrays: Tensor) -> None:
     if _kernel_runs(op, implementation, *arrays):
         _refuse(op, implementation, "there is no such kernel yet", *arrays)

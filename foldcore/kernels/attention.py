@@ -72,9 +72,13 @@ def load_bias(base_ptr, query, key, LENGTH: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def key_summand(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr, HIDDEN: tl.constexpr):
     """What is added to a key's logits: 0, ``HIDDEN`` if it is masked, -inf if it is padding."""
-    real = keys < LENGTH
-    kept = tl.load(mask_ptr + keys * STRIDE, mask=real, other=0.0) > 0
-    return tl.where(kept, 0.0, tl.where(real, HIDDEN, float("-inf")))
+    if LENGTH % keys.shape[0] == 0:
+        summand = tl.where(tl.load(mask_ptr + keys * STRIDE) > 0, 0.0, HIDDEN)
+    else:
+        real = keys < LENGTH
+        kept = tl.load(mask_ptr + keys * STRIDE, mask=real, other=0.0) > 0
+        summand = tl.where(kept, 0.0, tl.where(real, HIDDEN, float("-inf")))
+    return summand
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """What an attention kernel works on, and the sizes of its launches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from foldcore.kernels.launch import Output, next_power_of_2
+from foldcore.kernels.launch import INTERPRETER, Output, next_power_of_2
 
 WHOLE_LIMIT = 256  # most keys that one backward program holds on chip
 
@@ -94,24 +94,37 @@ class Tiles:
         return {"BLOCK_Q": min(self.queries, padded), "BLOCK_K": min(self.keys, padded)}
 
 
-# Where no measured row fits: small enough for the registers of any GPU.
+# Where no measured row fits: few registers.
 _DEFAULT = {
     "forward": Tiles(64, 64, 1, 4, 2),
     "query_grad": Tiles(64, 64, 1, 4, 2),
     "key_value_grad": Tiles(32, 64, 1, 4, 2),
-    "whole_grad": Tiles(32, 256, 1, 8, 2),
+    "whole_grad": Tiles(32, WHOLE_LIMIT, 1, 8, 2),
     "bias_grad": Tiles(64, 64, 16, 4, 2),
 }
-# (kernel, keys up to, padded head width) -> sizes, by architecture
+# Exact float32 products do without the tensor cores and need the registers.
+_FLOAT32 = {
+    "forward": Tiles(32, 64, 1, 4, 1),
+    "query_grad": Tiles(32, 32, 1, 4, 1),
+    "key_value_grad": Tiles(32, 32, 1, 4, 1),
+    "whole_grad": Tiles(16, WHOLE_LIMIT, 1, 8, 1),
+    "bias_grad": Tiles(32, 32, 16, 4, 1),
+}
+_INTERPRETED = Tiles(128, 128, 2, 4, 1)
+# bfloat16 by architecture: (kernel, keys up to, padded head width) -> sizes
 _MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {90: {}}
+LENGTH_CLASSES = (128, 256, 512)
 
 
 def choose(kernel: str, problem: Problem) -> Tiles:
     """The sizes measured to be best for this kernel and class of shapes."""
+    if problem.architecture == INTERPRETER:
+        return replace(_INTERPRETED, keys=WHOLE_LIMIT) if kernel == "whole_grad" else _INTERPRETED
+    if problem.dtype == "float32":
+        return _FLOAT32[kernel]
     table = _MEASURED.get(problem.architecture, {})
-    if problem.dtype == "bfloat16":
-        for limit in (128, 256, 512):
-            found = table.get((kernel, limit, problem.padded_width))
-            if found and problem.length <= limit:
-                return found
+    for limit in LENGTH_CLASSES:
+        found = table.get((kernel, limit, problem.padded_width))
+        if found and problem.length <= limit:
+            return found
     return _DEFAULT[kernel]

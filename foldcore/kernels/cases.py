@@ -1,0 +1,67 @@
+"""Small calls of every operation that has kernels, by which a start-up test knows a wrong one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+# Relative error of a norm in bfloat16, of which operands and results carry 8 bits: twice what was
+# seen on H200; what a wrong index or a race leaves is of order 1.
+TOLERANCE = 0.02
+
+
+class WrongKernel(RuntimeError):
+    """A kernel's results on this device are not the reference's; the message names it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of ``ops.<op>``: shapes of its arrays in order, and its keyword arguments."""
+
+    op: str
+    shapes: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    masks: tuple[str, ...] = ("mask",)  # arrays of zeros and ones in float32, without gradient
+
+    def draw(self) -> dict[str, Float32[np.ndarray, "..."]]:
+        """Fixed random arrays."""
+        generator = np.random.default_rng(0)
+        arrays = {}
+        for name, shape in self.shapes.items():
+            numbers = generator.normal(size=shape).astype(np.float32)
+            arrays[name] = np.float32(numbers > -1) if name in self.masks else numbers
+        return arrays
+
+    def check(self, errors: Mapping[str, float]) -> None:
+        """Raise for the first array of (output, gradients) that is wrong; NaN is wrong."""
+        for name, error in errors.items():
+            if not error < TOLERANCE:
+                raise WrongKernel(
+                    f"the Triton kernels of {self.op} are wrong on this device: {name} differs "
+                    f"from the reference by {error:.1%} of its norm, at {dict(self.shapes)} "
+                    f'{dict(self.options)}. Train with model.implementation="reference", and '
+                    "please report this with the versions of triton and the driver"
+                )
+
+
+# With and without a bias, along both axes, edges masked; the last has more keys than one program
+# holds.
+CASES = (
+    Case(
+        "gated_attention",
+        {"projected": (1, 9, 200, 4, 2, 32), "mask": (1, 9, 200), "bias": (1, 2, 200, 200)},
+        {"axis": 2, "scale": 0.2},
+    ),
+    Case(
+        "gated_attention",
+        {"projected": (1, 128, 9, 4, 2, 32), "mask": (1, 128, 9)},
+        {"axis": 1, "scale": 0.2},
+    ),
+    Case(
+        "gated_attention",
+        {"projected": (1, 3, 264, 4, 2, 16), "mask": (1, 3, 264), "bias": (1, 2, 264, 264)},
+        {"axis": 2, "scale": 0.2},
+    ),
+)

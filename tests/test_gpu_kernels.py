@@ -1,0 +1,123 @@
+"""The kernels on a GPU: both tracks, at sizes of the model, against the reference in float64."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_kernels_attention import Case, check
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is here as well
+
+pytestmark = pytest.mark.gpu
+
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(groups=128, length=256, heads=8, width=32, dtype=BFLOAT16),
+        Case(groups=256, length=128, heads=8, width=32, axis=1, biased=False, dtype=BFLOAT16),
+        Case(groups=256, length=256, heads=4, width=32, axis=1, dtype=BFLOAT16),
+        Case(groups=256, length=256, heads=4, width=16, batch=4, dtype=BFLOAT16),
+        Case(groups=1024, length=256, heads=8, width=8, dtype=BFLOAT16),
+        Case(groups=64, length=384, heads=4, width=32, dtype=BFLOAT16),
+        Case(groups=33, length=257, heads=4, width=32, dtype=BFLOAT16),
+        Case(groups=16, length=256, heads=4, width=32),
+        Case(groups=16, length=300, heads=4, width=32),
+    ],
+    ids=str,
+)
+def test_attention_at_model_sizes(case: Case) -> None:
+    check(case)
+
+
+def test_torch_kernels_pass_the_self_test() -> None:
+    from torchfold import ops
+
+    ops.self_test()
+
+
+def test_torch_attention_compiles() -> None:
+    from torchfold import ops
+
+    projected = torch.randn(1, 8, 64, 4, 2, 32, device="cuda", dtype=BFLOAT16)
+    bias = torch.randn(1, 2, 64, 64, device="cuda", dtype=BFLOAT16)
+    mask = torch.ones(1, 8, 64, device="cuda")
+
+    def loss(projected: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        output = ops.gated_attention(2 * projected, mask, bias, scale=0.2, implementation="triton")
+        return output.square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (projected, bias)]
+        function(*leaves).backward()
+        results.append([x.grad for x in leaves])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=2e-2, atol=2e-2)
+
+
+def test_jax_kernels_pass_the_self_test() -> None:
+    from jaxfold import ops
+
+    ops.self_test()
+
+
+def test_jax_attention_in_scan_and_shard_map() -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from jaxfold import ops
+
+    mesh = jax.make_mesh((1,), ("data",))
+    mask = jnp.ones((1, 8, 64))
+
+    def loss(projected: jax.Array, implementation: str) -> jax.Array:
+        def layer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            y = ops.gated_attention(x, mask, None, scale=0.2, implementation=implementation)
+            return x + y[:, :, :, None], None
+
+        final, _ = jax.lax.scan(layer, projected, None, length=3)
+        return jnp.sum(jnp.square(final.astype(jnp.float32)))
+
+    def gradient(implementation: str) -> np.ndarray:
+        local = jax.shard_map(
+            jax.grad(lambda x: loss(x, implementation)),
+            mesh=mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec("data"),
+            check_vma=False,
+        )
+        x = jax.random.normal(jax.random.key(0), (1, 8, 64, 4, 2, 32))
+        return np.asarray(jax.jit(local)(x))
+
+    expected = gradient("reference")
+    error = np.linalg.norm(gradient("triton") - expected) / np.linalg.norm(expected)
+    assert error < 1e-4
+
+
+def test_jax_attention_adds_no_copies() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxfold import ops
+
+    def step(projected: jax.Array, mask: jax.Array, bias: jax.Array, grad: jax.Array) -> tuple:
+        output, backward = jax.vjp(
+            lambda p, b: ops.gated_attention(p, mask, b, axis=1, implementation="triton"),
+            projected,
+            bias,
+        )
+        return output, *backward(grad)
+
+    shapes = ((1, 64, 64, 4, 2, 32), (1, 64, 64), (1, 2, 64, 64), (1, 64, 64, 2, 32))
+    dtypes = (jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    arrays = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    text = jax.jit(step).lower(*arrays).compile().as_text()
+    assert text.count("triton_kernel_call") >= 3
+    assert not re.findall(r"= \S+ (?:copy|transpose)\(", text)
