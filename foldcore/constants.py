@@ -175,6 +175,11 @@ def atom14_distance_bounds(
     return _array(lower), _array(upper)
 
 
+def bin_edges(first: float, last: float, count: int) -> Float[np.ndarray, " count"]:
+    """Evenly spaced limits between bins; compilers would round those they compute differently."""
+    return np.linspace(first, last, count)
+
+
 def _bonds_and_angles(resname: str) -> list[tuple[str, str, float, float]]:
     """(atom, atom, length, deviation) of the bonds, then of the distances across bond angles."""
     bonds = [tuple(bond) for bond in _TABLES["residue_bonds"][resname]]

@@ -39,7 +39,7 @@ def distance_bins(
 ) -> Float[Array, "*batch r r k"]:
     """One-hot bins of the distances; below ``first`` angstrom there is no bin (Suppl. Alg. 32)."""
     positions = positions.astype(at_least_float32(positions.dtype))
-    lower = jnp.square(jnp.linspace(first, last, num_bins, dtype=positions.dtype))
+    lower = jnp.square(jnp.asarray(constants.bin_edges(first, last, num_bins), positions.dtype))
     upper = jnp.append(lower[1:], jnp.asarray(1e8, positions.dtype))
     offset = positions[..., :, None, :] - positions[..., None, :, :]
     squared = jnp.sum(jnp.square(offset), axis=-1, keepdims=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from foldcore import constants
 from jaxfold.ops import at_least_float32
 from jaxfold.primitives import LayerNorm, Linear
 
@@ -106,6 +107,7 @@ def predicted_tm_score(
 
 def _aligned_error_centres(logits: Float[Array, "b i j k"]) -> Float[Array, " k"]:
     """Middles of the bins; the last bin is open and counts as wide as the others."""
-    limits = jnp.linspace(*ALIGNED_ERROR_LIMITS, logits.shape[-1] - 1, dtype=logits.dtype)
+    edges = constants.bin_edges(*ALIGNED_ERROR_LIMITS, logits.shape[-1] - 1)
+    limits = jnp.asarray(edges, logits.dtype)
     step = limits[1] - limits[0]
     return jnp.append(limits + step / 2, limits[-1] + 1.5 * step)

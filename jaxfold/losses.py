@@ -105,7 +105,7 @@ def _squared_bin(
     squared: Float[Array, "b i j"], limits: tuple[float, float], bins: int
 ) -> Int[Array, "b i j"]:
     """Index of the bin a squared distance falls into."""
-    breaks = jnp.linspace(*limits, bins - 1, dtype=squared.dtype)
+    breaks = jnp.asarray(constants.bin_edges(*limits, bins - 1), squared.dtype)
     return jnp.sum(squared[..., None] > breaks**2, axis=-1)
 
 
