@@ -6,12 +6,18 @@ that an element left unwritten shows.
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import tests.triton_interpreter  # noqa: F401
 from foldcore.kernels import attention_tiles, cases
+from jaxfold import _attention
+from jaxfold import ops as jax_ops
+from tests import triton_interpreter
+from torchfold import _attention as _torch_attention
 from torchfold import _self_test, _triton, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,6 +127,45 @@ def test_any_kind(case: Case) -> None:
 )
 def test_bfloat16(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu_kernels.py runs both tracks")
+@pytest.mark.parametrize(
+    "case", [Case(2, 20), Case(2, 260, heads=1, axis=1, biased=False)], ids=str
+)
+def test_jax_wires_the_kernels_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_attention, "call", triton_interpreter.jax_call)
+    monkeypatch.setattr(_attention, "architecture", lambda: 0)
+    projected, mask, bias, grad = arrays(case, seed=0)
+
+    def loss(projected: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        output = jax_ops.gated_attention(
+            projected,
+            jnp.asarray(mask),
+            bias,
+            axis=case.axis,
+            scale=0.4,
+            implementation="triton",
+        )
+        return jnp.sum(output * jnp.asarray(grad)), output
+
+    inputs = (jnp.asarray(projected), None if bias is None else jnp.asarray(bias))
+    gradients, output = jax.grad(loss, argnums=(0, 1), has_aux=True)(*inputs)
+    expected = run(case, "triton", case.dtype)
+    np.testing.assert_allclose(output, expected["output"], rtol=1e-5, atol=1e-6)
+    for i, name in enumerate(("query", "gate", "key", "value")):
+        np.testing.assert_allclose(
+            gradients[0][:, :, :, i], expected[name], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    if bias is not None:
+        np.testing.assert_allclose(gradients[1], expected["bias"], rtol=1e-5, atol=1e-5)
+
+
+def test_torch_operator_is_declared_as_it_behaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the poison changes what the checks compare
+    projected, mask, bias, _ = arrays(Case(2, 18, heads=1), seed=0)
+    arguments = (projected.requires_grad_(), mask, bias.requires_grad_(), 2, 0.4)
+    torch.library.opcheck(_torch_attention._forward, arguments)
 
 
 def test_a_wrong_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

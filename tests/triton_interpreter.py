@@ -6,10 +6,14 @@ the lower half of a float32 where a GPU rounds. Its scalars are arrays of one el
 not divide. Import this before launching a kernel in a test.
 """
 
+import jax
 import ml_dtypes
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from torchfold import _triton
 
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _convert_float = interpreter._convert_float
@@ -41,3 +45,14 @@ interpreter.InterpreterBuilder.create_dot = create_dot
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter._convert_float = convert_float
 tl.constexpr.__rmod__ = lambda self, other: other % self.value
+
+
+def jax_call(launch, *inputs):
+    """What ``jaxfold._triton.call`` does, on the host by way of PyTorch's wrapper; float32 only."""
+
+    def run(*arrays):
+        tensors = [torch.from_numpy(np.array(x)) for x in arrays]
+        return tuple(x.numpy() for x in _triton.call(launch, *tensors))
+
+    shapes = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in launch.outputs)
+    return jax.pure_callback(run, shapes, *inputs)

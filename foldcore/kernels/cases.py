@@ -28,11 +28,11 @@ class Case:
     def draw(self) -> dict[str, Float32[np.ndarray, "..."]]:
         """Fixed random arrays."""
         generator = np.random.default_rng(0)
-        arrays = {}
-        for name, shape in self.shapes.items():
-            numbers = generator.normal(size=shape).astype(np.float32)
-            arrays[name] = np.float32(numbers > -1) if name in self.masks else numbers
-        return arrays
+        arrays = {name: generator.normal(size=shape) for name, shape in self.shapes.items()}
+        return {
+            name: (x > -1 if name in self.masks else x).astype(np.float32)
+            for name, x in arrays.items()
+        }
 
     def check(self, errors: Mapping[str, float]) -> None:
         """Raise for the first array of (output, gradients) that is wrong; NaN is wrong."""
