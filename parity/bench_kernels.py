@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> None:
         f"{ceilings.name}: {ceilings.bandwidth / 1e12:.2f} TB/s, "
         f"{ceilings.rate / 1e12:.0f} TFLOP/s in bfloat16"
     )
+    path = Path(options.get("json", "runs/bench_kernels.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for benchmark in (b for make in BENCHMARKS for b in make()):
         if options.get("op", "") not in f"{benchmark.op} {benchmark.shape}":
@@ -41,9 +43,7 @@ def main(arguments: list[str]) -> None:
         for row in benchmark.rows(ceilings, options.get("implementation")):
             rows.append({"device": ceilings.name, **row})
             print(line(row), flush=True)
-    path = Path(options.get("json", "runs/bench_kernels.json"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+            path.write_text(json.dumps(rows, indent=1) + "\n")  # what follows may fail
     print(f"wrote {path}")
 
 
