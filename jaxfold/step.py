@@ -8,7 +8,7 @@ import platform
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from foldcore import __version__
 from foldcore.config import Config, ModelConfig
+from foldcore.data.loader import Loader
 from foldcore.deepmind import canonical_name
 from foldcore.layout import make_layout
 from jaxfold import ops
@@ -177,18 +178,19 @@ class CompiledStep:
         )
 
 
-def prefetch(
-    batches: Iterable[tuple[Mapping[str, Any], Any]], mesh: Mesh
-) -> Iterator[tuple[dict[str, Array], Any, float]]:
-    """(batch on the devices, its companion, seconds waited for it), moved there one ahead."""
+def prefetch(loader: Loader, mesh: Mesh) -> Iterator[tuple[dict[str, Array], Any, float]]:
+    """(batch on the devices, the loader's state after it, seconds waited for it).
+
+    One more is moved there ahead if it is ready: a step never waits for the batch of the next.
+    """
     ahead: deque[tuple[dict[str, Array], Any, float]] = deque()
-    start = time.perf_counter()
-    for batch, companion in batches:
-        ahead.append((place(mesh, batch), companion, time.perf_counter() - start))
-        if len(ahead) == 2:
-            yield ahead.popleft()
-        start = time.perf_counter()
-    yield from ahead
+    while True:
+        while not ahead or (len(ahead) < 2 and loader.is_ready()):
+            start = time.perf_counter()
+            batch = next(loader)
+            waited = time.perf_counter() - start
+            ahead.append((place(mesh, batch), loader.state(), waited))
+        yield ahead.popleft()
 
 
 def fetch(tree: Any) -> Any:

@@ -10,7 +10,7 @@ import platform
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from foldcore import __version__
 from foldcore.config import Config, ModelConfig
+from foldcore.data.loader import Loader
 from foldcore.layout import make_layout
 from torchfold import _compiled, ops
 from torchfold._arrays import map_tree
@@ -256,19 +257,19 @@ class CompiledStep:
         return f"first step: {capturing}{seconds:.2f} s to run, peak memory {peak_memory()}"
 
 
-def prefetch(
-    batches: Iterable[tuple[Mapping[str, Any], Any]], mesh: DeviceMesh
-) -> Iterator[tuple[dict[str, Tensor], Any, float]]:
-    """(batch on the devices, its companion, seconds waited for it), moved there one ahead."""
+def prefetch(loader: Loader, mesh: DeviceMesh) -> Iterator[tuple[dict[str, Tensor], Any, float]]:
+    """(batch on the devices, the loader's state after it, seconds waited for it).
+
+    One more is moved there ahead if it is ready: a step never waits for the batch of the next.
+    """
     ahead: deque[tuple[Callable[[], dict[str, Tensor]], Any, float]] = deque()
-    start = time.perf_counter()
-    for batch, companion in batches:
-        ahead.append((_beside(mesh, batch), companion, time.perf_counter() - start))
-        if len(ahead) == 2:
-            arrived, *rest = ahead.popleft()
-            yield arrived(), *rest
-        start = time.perf_counter()
-    for arrived, *rest in ahead:
+    while True:
+        while not ahead or (len(ahead) < 2 and loader.is_ready()):
+            start = time.perf_counter()
+            batch = next(loader)
+            waited = time.perf_counter() - start
+            ahead.append((_beside(mesh, batch), loader.state(), waited))
+        arrived, *rest = ahead.popleft()
         yield arrived(), *rest
 
 

@@ -210,7 +210,7 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
     predict = CompiledStep(partial(eval_step, run.network, config), config, run.mesh, donate=False)
     first = int(state.step) + 1
     state = distributed.replicate(run.mesh, state)
-    batches = prefetch(((batch, run.loader.state()) for batch in iter(run.loader)), run.mesh)
+    batches = prefetch(run.loader, run.mesh)
     steps = range(first, settings.steps + 1)
     for step, (batch, position, waited) in zip(steps, batches, strict=False):
         state, logged = update(state, batch)
