@@ -78,8 +78,10 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             return {_strip(path, i): _read_array(path, archive, i) for i in archive.infolist()}
     except ParameterFileError:
         raise
+    except zipfile.BadZipFile as error:
+        raise ParameterFileError(f"{path}: cut short, damaged, or no .npz: {error}") from None
     # RuntimeError: encrypted, NotImplementedError: an unknown compression
-    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, RuntimeError) as error:
         raise ParameterFileError(f"{path}: cannot be read as .npz: {error}") from None
 
 

@@ -127,14 +127,12 @@ def infer_sizes(
     if size := matrix("evoformer/pair_activiations//weights"):
         found["max_relative_position"] = (size[0] - 1) // 2
     if size := matrix(POINTWISE_QUERY):
-        heads = pointwise_heads or config.template_pointwise_heads
-        found |= {
-            "template_pointwise_heads": heads,
-            "template_pointwise_head_dim": size[1] // heads,
-        }
+        count = pointwise_heads or config.template_pointwise_heads
+        found["template_pointwise_heads"] = count
+        found["template_pointwise_head_dim"] = size[1] // count
     counts = ("evoformer_blocks", "extra_msa_blocks", "template_blocks")
     for field, stack in zip(counts, STACKS, strict=True):
-        if count := blocks(stack):
-            found[field] = count
+        if layers := blocks(stack):
+            found[field] = layers
     sizes: dict[str, Any] = {field: max(size, 1) for field, size in found.items()}
     return replace(config, **sizes)
