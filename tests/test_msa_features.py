@@ -116,21 +116,39 @@ def test_cluster_statistics_by_brute_force() -> None:
 
 
 def test_msa_feat_has_the_published_order() -> None:
-    msa = np.array([[2, 22]], np.uint8)
-    profile = np.arange(46.0).reshape(1, 2, 23)
-    deletions, mean = np.array([[0, 3]], np.uint16), np.array([[1.5, 3.0]])
-    features = f.msa_feat(msa, deletions, profile, mean)
-    assert features.shape == (1, 2, 49)
-    np.testing.assert_array_equal(features[..., :23], np.eye(23)[msa])
-    np.testing.assert_array_equal(features[..., 23], [[0, 1]])
-    np.testing.assert_allclose(features[..., 24], [[0, 0.5]], rtol=1e-6)
-    np.testing.assert_array_equal(features[..., 25:48], profile)
-    np.testing.assert_allclose(features[..., 48], 2 / np.pi * np.arctan(mean / 3), rtol=1e-6)
+    """Two clusters: a centre alone, and a centre with one more row."""
+    centres, extra = np.array([[2, 22], [7, 7]], np.uint8), np.array([[7, 21]], np.uint8)
+    deletions, extra_deletions = np.array([[0, 3], [0, 0]], np.uint16), np.array([[4, 0]])
+    features = f.msa_feat(centres, deletions, extra, extra_deletions, np.array([1]))
+    assert features.shape == (2, 2, 49)
+    np.testing.assert_array_equal(features[..., :23], np.eye(23)[centres])
+    np.testing.assert_array_equal(features[..., 23], [[0, 1], [0, 0]])
+    np.testing.assert_allclose(features[..., 24], [[0, 0.5], [0, 0]], rtol=1e-6)
+    profile = np.eye(23)[centres]
+    profile[1, 1] = (np.eye(23)[7] + np.eye(23)[21]) / 2
+    np.testing.assert_allclose(features[..., 25:48], profile, rtol=2e-6)
+    mean = np.array([[0, 3], [2, 0]])
+    np.testing.assert_allclose(features[..., 48], 2 / np.pi * np.arctan(mean / 3), rtol=2e-6)
+
+
+def test_msa_feat_is_what_counting_every_cluster_gives() -> None:
+    rng = np.random.default_rng(4)
+    centres, extra = random_msa(9, 12, 1, 23), random_msa(20, 12, 2)
+    deletions = [rng.poisson(0.2, rows.shape).astype(np.uint16) for rows in (centres, extra)]
+    nearest = rng.integers(0, 5, 20)
+    features = f.msa_feat(centres, deletions[0], extra, deletions[1], nearest)
+    profile, mean = f.cluster_statistics(centres, deletions[0], extra, deletions[1], nearest)
+    np.testing.assert_array_equal(features[..., 25:48], profile.astype(np.float32))
+    np.testing.assert_array_equal(features[..., 48], f.deletion_value(mean).astype(np.float32))
 
 
 def test_extra_features() -> None:
-    features = f.extra_features(random_msa(2, 3, 0), np.array([[0, 1, 6], [0, 0, 0]], np.uint16))
-    np.testing.assert_array_equal(features["extra_has_deletion"], [[0, 1, 1], [0, 0, 0]])
-    expected = 2 / np.pi * np.arctan(np.array([0, 1 / 3, 2]))
-    np.testing.assert_allclose(features["extra_deletion_value"][0], expected)
-    assert features["extra_msa_mask"].shape == (2, 3) and features["extra_msa_row_mask"].all()
+    names = ("extra_msa", "extra_has_deletion", "extra_deletion_value", "extra_msa_mask")
+    out = {name: np.zeros((3, 4)) for name in names} | {"extra_msa_row_mask": np.zeros(3)}
+    rows = random_msa(2, 3, 0)
+    f.extra_features(rows, np.array([[0, 1, 6], [0, 0, 0]], np.uint16), out)
+    np.testing.assert_array_equal(out["extra_msa"][:2, :3], rows)
+    np.testing.assert_array_equal(out["extra_has_deletion"][0], [0, 1, 1, 0])
+    expected = 2 / np.pi * np.arctan(np.array([0, 1 / 3, 2, 0]))
+    np.testing.assert_allclose(out["extra_deletion_value"][0], expected)
+    assert out["extra_msa_mask"].sum() == 6 and out["extra_msa_row_mask"].tolist() == [1, 1, 0]

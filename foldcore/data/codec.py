@@ -29,6 +29,7 @@ PLAIN, BITS, STEPS, DECIMALS, MASKED, SPARSE = range(6)
 _DTYPES = ("|u1", "<u2", "<u4", "<i4", "<i8", "<f4", "<f8")
 _HEAD = struct.Struct("<IBBBB")  # crc, coding, dtype, dimensions, bytes a value
 _SIZES = struct.Struct("<II")  # count, unpacked size
+_UNPACK = pa.Codec("zstd")
 _SCALE = 1000.0  # decimals of a coordinate file: 1/1000 angstrom
 
 
@@ -92,7 +93,7 @@ def _decode_masked(
 ) -> np.ndarray:
     if mask is None or tuple(shape[: mask.ndim]) != mask.shape:
         raise ValueError("its mask does not fit")
-    at = np.flatnonzero(mask)
+    at = np.flatnonzero(mask != 0)
     tail = int(np.prod(shape[mask.ndim :], dtype=np.int64))
     if coding == MASKED:
         values = _unplane(payload, dtype)
@@ -153,7 +154,7 @@ def _open(blob: memoryview) -> tuple[int, np.dtype, tuple[int, ...], int, int, m
         total *= dim
     _check_sizes(coding, dtype, total, len(shape), width, count, size)
     try:
-        payload = pa.Codec("zstd").decompress(blob[start:], size) if size else b""
+        payload = _UNPACK.decompress(blob[start:], size) if size else b""
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"cannot be unpacked: {error}") from None
     if len(payload) != size:

@@ -53,16 +53,24 @@ def atom14_labels(
 ) -> dict[str, np.ndarray]:
     """Atoms in the packed layout, as named and with the ambiguous names exchanged (Alg. 26)."""
     atom37 = constants.restype_atom14_to_atom37[aatype]
-    exists = np.take_along_axis(mask, atom37, 1) * constants.restype_atom14_mask[aatype]
-    packed = np.take_along_axis(positions, atom37[..., None], 1) * exists[..., None]
+    exists = _pick(mask, atom37) * constants.restype_atom14_mask[aatype]
+    packed = _pick(positions, atom37) * exists[..., None]
     partner = constants.restype_atom14_renaming[aatype]
     return {
         "atom14_gt_positions": packed,
         "atom14_gt_exists": exists,
-        "atom14_alt_gt_positions": np.take_along_axis(packed, partner[..., None], 1),
-        "atom14_alt_gt_exists": np.take_along_axis(exists, partner, 1),
+        "atom14_alt_gt_positions": _pick(packed, partner),
+        "atom14_alt_gt_exists": _pick(exists, partner),
         "atom14_atom_is_ambiguous": constants.restype_atom14_is_ambiguous[aatype],
     }
+
+
+def _pick(
+    atoms: Float[np.ndarray, "r a ..."], index: Int[np.ndarray, "r ..."]
+) -> Float[np.ndarray, "r ..."]:
+    """Of each residue the atoms at its own index; one flat look-up, several times as fast."""
+    rows = np.arange(len(atoms)).reshape(-1, *[1] * (index.ndim - 1)) * atoms.shape[1]
+    return atoms.reshape(-1, *atoms.shape[2:]).take(rows + index, axis=0)
 
 
 def rigid_group_labels(
@@ -72,10 +80,9 @@ def rigid_group_labels(
 ) -> dict[str, np.ndarray]:
     """Frames of the 8 rigid groups, each as a row-major rotation followed by its origin."""
     atoms = constants.restype_rigid_group_atoms[aatype]  # [r, 8, 3]
-    rows = np.arange(len(aatype))[:, None, None]
     group_exists = constants.restype_rigid_group_mask[aatype]
     ambiguous = constants.restype_rigid_group_is_ambiguous[aatype]
-    points = positions[rows, atoms]
+    points = _pick(positions, atoms)
     rotation = rotation_from_3_points(points[:, :, 0], points[:, :, 1], points[:, :, 2])
     # The backbone frame has C on +x, where the other groups have their first atom on -x.
     rotation[:, 0] *= np.array([-1.0, 1.0, -1.0])
@@ -84,7 +91,7 @@ def rigid_group_labels(
     return {
         "rigidgroups_gt_frames": _flat12(rotation, origin),
         "rigidgroups_alt_gt_frames": _flat12(rotation * half_turn[:, :, None], origin),
-        "rigidgroups_gt_exists": mask[rows, atoms].min(-1) * group_exists,
+        "rigidgroups_gt_exists": _pick(mask, atoms).min(-1) * group_exists,
         "rigidgroups_group_exists": group_exists,
         "rigidgroups_group_is_ambiguous": ambiguous,
     }
@@ -96,10 +103,12 @@ def chi_labels(
     mask: Float[np.ndarray, "r a37"],
 ) -> dict[str, np.ndarray]:
     """Side-chain torsions in radians; 0 where undefined."""
-    sin_cos, _, torsion_mask = torsion_angles(aatype, positions, mask, np.float64)
-    chi_mask = torsion_mask[:, 3:]
+    restype = np.minimum(aatype, constants.unknown_restype)
+    atoms = constants.chi_atom_indices[restype]  # [r, 4, 4]
+    sin_cos = _sin_cos(_pick(positions, atoms))
+    chi_mask = _pick(mask, atoms).prod(-1) * constants.chi_angles_mask[restype]
     return {
-        "chi_angles": np.arctan2(sin_cos[:, 3:, 0], sin_cos[:, 3:, 1]) * chi_mask,
+        "chi_angles": np.arctan2(sin_cos[..., 0], sin_cos[..., 1]) * chi_mask,
         "chi_mask": chi_mask,
     }
 
@@ -118,14 +127,19 @@ def torsion_angles(
     """
     restype = np.minimum(aatype, constants.unknown_restype)
     points, exists = _torsion_atoms(restype, positions.astype(np.float64), mask)
-    rotation = rotation_from_3_points(points[..., 1, :], points[..., 2, :], points[..., 0, :])
-    fourth = np.einsum("...ij,...i->...j", rotation, points[..., 3, :] - points[..., 2, :])
-    sin_cos = fourth[..., [2, 1]]
-    sin_cos = sin_cos / np.sqrt((sin_cos**2).sum(-1, keepdims=True) + _EPSILON)
+    sin_cos = _sin_cos(points)
     sin_cos[..., 2, :] *= -1  # psi is measured at O, which lies opposite to the next N
     alternative = sin_cos.copy()
     alternative[..., 3:, :] *= 1 - 2 * constants.chi_pi_periodic[restype][..., None]
     return sin_cos.astype(dtype), alternative.astype(dtype), exists.astype(dtype)
+
+
+def _sin_cos(points: Float[np.ndarray, "... 4 3"]) -> Float[np.ndarray, "... 2"]:
+    """Sine and cosine of the torsion of four atoms."""
+    rotation = rotation_from_3_points(points[..., 1, :], points[..., 2, :], points[..., 0, :])
+    fourth = np.einsum("...ij,...i->...j", rotation, points[..., 3, :] - points[..., 2, :])
+    sin_cos = fourth[..., [2, 1]]
+    return sin_cos / np.sqrt((sin_cos**2).sum(-1, keepdims=True) + _EPSILON)
 
 
 def _torsion_atoms(
@@ -172,7 +186,12 @@ def rotation_from_3_points(
     e0 = _normalize(origin - negative_x)
     e1 = xy_plane - origin
     e1 = _normalize(e1 - (e1 * e0).sum(-1, keepdims=True) * e0)
-    return np.stack([e0, e1, np.cross(e0, e1)], -1)
+    rotation = np.empty((*e0.shape, 3), e0.dtype)
+    rotation[..., 0], rotation[..., 1] = e0, e1
+    for axis, (first, second) in enumerate(((1, 2), (2, 0), (0, 1))):  # e2 = e0 x e1
+        product = e0[..., first] * e1[..., second]
+        rotation[..., axis, 2] = product - e0[..., second] * e1[..., first]
+    return rotation
 
 
 def quaternion_affine(frames: Float[np.ndarray, "r 12"]) -> Float[np.ndarray, "r 7"]:

@@ -5,12 +5,21 @@ index arrays, so the alignment is copied once. Clusters are assigned over the wh
 then cut to the crop, as published; everything after the assignment works on the crop alone.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Integer, UInt8, UInt16, UInt64
 
 from foldcore.constants import gap_code, mask_code, num_msa_codes
 
 NUM_CLASSES = 23  # one-hot width: 22 codes and the masked token
+_NO_CODE = 31  # its five bits differ from those of every code
+_PAIRS = 1 << 15  # of a centre and an extra row, compared at a time: they fit in a core's cache
+_ALONE = 1 + 1e-6  # members of a cluster that is its centre alone
+# the 49 features of a cell of such a cluster without deletions, for each letter
+_LETTERS = np.zeros((NUM_CLASSES, 49), np.float32)
+_LETTERS[range(NUM_CLASSES), range(NUM_CLASSES)] = 1
+_LETTERS[range(NUM_CLASSES), range(25, 48)] = 1 / _ALONE
 REPLACE_UNIFORM, REPLACE_PROFILE, REPLACE_SAME = 0.1, 0.1, 0.1  # else the masked token
 
 
@@ -56,58 +65,77 @@ def mask_msa(
     column, or stays (10 % each); otherwise it becomes the masked token.
     """
     selected = rng.random(msa.shape) < fraction
-    kind = rng.random(msa.shape)
-    uniform = rng.integers(20, size=msa.shape, dtype=np.uint8)
-    drawn = _draw_from_profile(profile, rng.random(msa.shape))
+    kind, uniform = rng.random(msa.shape), rng.integers(20, size=msa.shape, dtype=np.uint8)
+    level = rng.random(msa.shape)
+    at = np.flatnonzero(selected)  # few: everything below looks at these alone
+    kind, letters = kind.ravel()[at], np.full(len(at), mask_code, np.uint8)
     edges = np.cumsum([REPLACE_UNIFORM, REPLACE_PROFILE, REPLACE_SAME])
-    choices = [kind < edges[0], kind < edges[1], kind < edges[2]]
-    replacement = np.select(choices, [uniform, drawn, msa], np.uint8(mask_code))
-    return np.where(selected, replacement, msa), selected
+    is_uniform, is_same = kind < edges[0], (kind >= edges[1]) & (kind < edges[2])
+    letters[is_uniform] = uniform.ravel()[at[is_uniform]]
+    letters[is_same] = msa.ravel()[at[is_same]]
+    drawn = (kind >= edges[0]) & (kind < edges[1])
+    columns = at[drawn] % msa.shape[1]
+    letters[drawn] = _draw_from_profile(profile[columns], level.ravel()[at[drawn]])
+    masked = msa.copy()
+    masked.ravel()[at] = letters
+    return masked, selected
 
 
-def _draw_from_profile(profile: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Inverse of each column's cumulative distribution, at ``uniform`` [s, r]."""
+def _draw_from_profile(
+    profile: Float[np.ndarray, "n 22"], level: Float[np.ndarray, "n"]
+) -> UInt8[np.ndarray, "n"]:
+    """Inverse of each cumulative distribution at its level."""
     cumulative = np.cumsum(profile, axis=1)
     cumulative /= cumulative[:, -1:]
-    codes = np.zeros(uniform.shape, np.uint8)
-    for code in range(num_msa_codes - 1):  # 21 comparisons; the last edge, 1, is never reached
-        codes += uniform >= cumulative[:, code]
-    return codes
+    return (level[:, None] >= cumulative[:, :-1]).sum(1, dtype=np.uint8)  # the last edge is 1
 
 
 def assign_clusters(
     centres: UInt8[np.ndarray, "s r"], extra: UInt8[np.ndarray, "e r"]
 ) -> Int[np.ndarray, "e"]:
-    """Centre that shares most letters with each extra row; the first of equals (Suppl. 1.2.7).
+    """Centre that shares most letters with each extra row; the first of equals (Suppl. 1.2.7)."""
+    return nearest_centres(centres, bit_planes(extra))
 
-    Gaps and masked letters do not count. Codes are compared as five bit planes, 64 columns a word:
-    exact, and much faster than a product of one-hot matrices.
+
+def bit_planes(msa: UInt8[np.ndarray, "n r"]) -> UInt64[np.ndarray, "5 w n"]:
+    """The five bits of each code apart, 64 columns a word."""
+    rows, length = msa.shape
+    planes = np.zeros((5, rows, -(-length // 64) * 8), np.uint8)
+    for bit in range(5):
+        planes[bit, :, : -(-length // 8)] = np.packbits(msa & (1 << bit), axis=1)
+    return np.ascontiguousarray(planes.view(np.uint64).transpose(0, 2, 1))
+
+
+def nearest_centres(
+    centres: UInt8[np.ndarray, "s r"], extra_planes: UInt64[np.ndarray, "5 w e"]
+) -> Int[np.ndarray, "e"]:
+    """Centre of each extra row, given as bit planes; gaps and masked letters do not count.
+
+    Exact, and much faster than a product of one-hot matrices. Columns that do not count differ from
+    every code, so the nearest centre is the one with the fewest differences.
     """
-    centre_bits, extra_bits = _bit_planes(centres), _bit_planes(extra)  # [5, words, rows]
-    counted = _pack(centres < gap_code)  # [words, s]
-    best = np.full(len(extra), -1, np.int32)
-    nearest = np.zeros(len(extra), np.int32)
-    for s in range(len(centres)):
-        differs = extra_bits[0] ^ centre_bits[0, :, s, None]
-        for plane in range(1, 5):
-            differs |= extra_bits[plane] ^ centre_bits[plane, :, s, None]
-        equal = ~differs & counted[:, s, None]
-        agreement = np.bitwise_count(equal).sum(0, dtype=np.int32)
-        better = agreement > best
-        best[better], nearest[better] = agreement[better], s
+    planes = bit_planes(np.where(centres < gap_code, centres, _NO_CODE))[..., None]
+    nearest = np.zeros(extra_planes.shape[-1], np.intp)
+    for start in range(0, len(nearest), _PAIRS // len(centres) + 1):
+        block = slice(start, start + _PAIRS // len(centres) + 1)
+        nearest[block] = _differences(planes, extra_planes[..., block]).argmin(0)
     return nearest
 
 
-def _bit_planes(msa: np.ndarray) -> np.ndarray:
-    return np.stack([_pack(msa >> bit & 1) for bit in range(5)])
-
-
-def _pack(bits: np.ndarray) -> np.ndarray:
-    """[rows, r] of 0 and 1 -> [words, rows] of 64 columns each, padded with 0."""
-    rows, length = bits.shape
-    packed = np.zeros((rows, -(-length // 64) * 8), np.uint8)
-    packed[:, : -(-length // 8)] = np.packbits(bits.astype(bool), axis=1)
-    return np.ascontiguousarray(packed.view(np.uint64).T)
+def _differences(
+    planes: UInt64[np.ndarray, "5 w s 1"], extra_planes: UInt64[np.ndarray, "5 w e"]
+) -> UInt16[np.ndarray, "s e"]:
+    """In how many columns each pair of rows differs."""
+    shape = (planes.shape[2], extra_planes.shape[2])
+    total = np.zeros(shape, np.uint16 if planes.shape[1] < 2**10 else np.uint32)
+    differs, other = np.empty((2, *shape), np.uint64)
+    for word in range(planes.shape[1]):
+        np.bitwise_xor(planes[0, word], extra_planes[0, word], out=differs)
+        for bit in range(1, 5):
+            np.bitwise_xor(planes[bit, word], extra_planes[bit, word], out=other)
+            np.bitwise_or(differs, other, out=differs)
+        total += np.bitwise_count(differs)
+    return total
 
 
 def cluster_statistics(
@@ -124,7 +152,8 @@ def cluster_statistics(
     code = cell * NUM_CLASSES + np.concatenate([centres, extra])
     counts = np.bincount(code.ravel(), minlength=rows * length * NUM_CLASSES)
     deletions = np.concatenate([centre_deletions, extra_deletions])
-    sums = np.bincount(cell.ravel(), deletions.ravel(), minlength=rows * length)
+    at = np.flatnonzero(deletions != 0)  # few
+    sums = np.bincount(cell.ravel()[at], deletions.ravel()[at], minlength=rows * length)
     members = 1e-6 + np.bincount(cluster, minlength=rows)
     profile = counts.reshape(rows, length, NUM_CLASSES) / members[:, None, None]
     return profile, sums.reshape(rows, length) / members[:, None]
@@ -136,29 +165,52 @@ def deletion_value(deletions: np.ndarray) -> Float[np.ndarray, "..."]:
 
 
 def msa_feat(
-    msa: UInt8[np.ndarray, "s r"],
-    deletions: Integer[np.ndarray, "s r"],
-    profile: Float[np.ndarray, "s r 23"],
-    deletion_mean: Float[np.ndarray, "s r"],
-) -> Float[np.ndarray, "s r 49"]:
-    """One-hot letter, has-deletion, deletion value, cluster profile, mean deletion value."""
-    features = np.zeros((*msa.shape, 49), np.float32)
-    features[..., :NUM_CLASSES] = np.eye(NUM_CLASSES, dtype=np.float32)[msa]
-    features[..., 23] = np.minimum(deletions, 1)
-    features[..., 24] = deletion_value(deletions)
-    features[..., 25:48] = profile
-    features[..., 48] = deletion_value(deletion_mean)
+    centres: UInt8[np.ndarray, "s r"],
+    centre_deletions: Integer[np.ndarray, "s r"],
+    extra: UInt8[np.ndarray, "e r"],
+    extra_deletions: Integer[np.ndarray, "e r"],
+    nearest: Int[np.ndarray, "e"],
+    out: Float32[np.ndarray, "s r 49"] | None = None,
+) -> Float32[np.ndarray, "s r 49"]:
+    """One-hot letter, has-deletion, deletion value, cluster profile, mean deletion value.
+
+    A cluster that is its centre alone has that row's letters as its profile; only the others are
+    counted, and only deletions that there are become values.
+    """
+    features = np.zeros((*centres.shape, 49), np.float32) if out is None else out
+    for row, letters in enumerate(centres):  # the cells of a row lie end to end, so this is a copy
+        np.take(_LETTERS, letters, axis=0, out=features[row], mode="clip")
+    at = _nonzero(centre_deletions)
+    features[..., 23][at] = 1
+    features[..., 24][at] = deletion_value(centre_deletions[at])
+    features[..., 48][at] = deletion_value(centre_deletions[at] / _ALONE)
+    joined, number = np.unique(nearest, return_inverse=True)  # clusters of several rows
+    if len(joined):
+        profile, mean = cluster_statistics(
+            centres[joined], centre_deletions[joined], extra, extra_deletions, number
+        )
+        features[joined, :, 25:48] = profile
+        features[joined, :, 48] = deletion_value(mean)
     return features
 
 
+def _nonzero(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Like ``np.nonzero``, which takes several times as long for numbers as for truth values."""
+    rows, columns = np.divmod(np.flatnonzero(matrix != 0), matrix.shape[1])
+    return rows, columns
+
+
 def extra_features(
-    extra: UInt8[np.ndarray, "e r"], deletions: Integer[np.ndarray, "e r"]
-) -> dict[str, np.ndarray]:
-    """Features of the rows that are not cluster centres."""
-    return {
-        "extra_msa": extra,
-        "extra_has_deletion": np.minimum(deletions, 1),
-        "extra_deletion_value": deletion_value(deletions),
-        "extra_msa_mask": np.ones(extra.shape),
-        "extra_msa_row_mask": np.ones(len(extra)),
-    }
+    extra: UInt8[np.ndarray, "e r"],
+    deletions: Integer[np.ndarray, "e r"],
+    out: Mapping[str, np.ndarray],
+) -> None:
+    """Write the features of rows that are not cluster centres into arrays of zeros."""
+    rows, length = extra.shape
+    corner = (slice(rows), slice(length))
+    at = _nonzero(deletions)
+    out["extra_msa"][corner] = extra
+    out["extra_has_deletion"][corner][at] = 1
+    out["extra_deletion_value"][corner][at] = deletion_value(deletions[at])
+    out["extra_msa_mask"][corner] = 1
+    out["extra_msa_row_mask"][:rows] = 1

@@ -42,8 +42,9 @@ class Structures:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.path = root / "entries.arrow"
-        self._table = ArrowFile(self.path, ENTRIES).table()
-        names = self._table.column("entry").to_pylist()
+        table = ArrowFile(self.path, ENTRIES).table().combine_chunks()
+        self._columns = {name: table.column(name).combine_chunks() for name in ENTRIES.names}
+        names = self._columns["entry"].to_pylist()
         self.rows = {name: number for number, name in enumerate(names)}
         self._shards: dict[int, ArrowFile] = {}
 
@@ -52,7 +53,7 @@ class Structures:
         if entry not in self.rows:
             raise DataError(self.root, None, f"no structure of entry {entry!r}")
         row = self.rows[entry]
-        return {name: self._table.column(name)[row].as_py() for name in ENTRIES.names}
+        return {name: column[row].as_py() for name, column in self._columns.items()}
 
     def structure(self, entry: str) -> Structure:
         """An entry with all its chains."""

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, Shaped, UInt8
+from jaxtyping import Float, Int, Integer, UInt8, UInt64
 
 from foldcore.config import DataConfig
 from foldcore.data import crop, msa_features
+from foldcore.data.chance import Chance
 from foldcore.data.hits import count_templates, pick_templates
 from foldcore.data.labels import make_labels, pseudo_beta
-from foldcore.features import FEATURES, RECYCLE_SLOTS, dimensions
+from foldcore.features import FEATURES, RECYCLE_SLOTS, Feature, dimensions
 
 # Numbers are part of every seed: never reuse or renumber them.
 _STREAMS = {
@@ -70,40 +71,58 @@ class RawExample:
 
 
 def make_example(
-    raw: RawExample, config: DataConfig, rng_key: tuple[int, ...], training: bool = True
+    raw: RawExample,
+    config: DataConfig,
+    rng_key: tuple[int, ...],
+    training: bool = True,
+    out: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """All features of ``foldcore.features`` but example_id and num_iter_recycling, no batch axis.
 
     Evaluation (``training=False``) cuts the centre of the chain, takes the best templates and
     deletes no blocks; it samples and masks the alignment as training does, so a repeatable
-    evaluation passes the same key each time.
+    evaluation passes the same key each time. ``out`` is an earlier result of the same sizes to be
+    written over: taking fresh memory costs as much time as filling it.
     """
 
+    chance = Chance(rng_key)
+
     def draw(stream: str, slot: int = 0) -> np.random.Generator:
-        sequence = np.random.SeedSequence(rng_key, spawn_key=(_STREAMS[stream], slot))
-        return np.random.Generator(np.random.Philox(sequence))
+        return chance.generator(_STREAMS[stream], slot)
 
     clamped = crop.is_clamped(config.unclamped_fraction, draw("clamp"), training)
     start = crop.crop_start(len(raw.aatype), config.crop_size, clamped, draw("crop"), training)
     window = slice(start, start + config.crop_size)
     candidates = min(count_templates(raw.templates), config.max_template_hits)
     chosen = crop.choose_templates(candidates, config.num_templates, draw("templates"), training)
-    profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
-    samples = [
-        _msa_sample(raw, profile, window, config, partial(draw, slot=slot), training)
-        for slot in range(RECYCLE_SLOTS)
-    ]
+    example = empty_example(config) if out is None else out
+    if out is not None:
+        for name in out.keys() - {"msa_feat"}:  # the largest is mostly written over anyway
+            out[name].fill(0)
     single = {
         **sequence_features(raw, window),
         **structure_features(raw, window),
         **template_features(raw.templates, chosen, window),
         "use_clamped_fape": np.asarray(clamped),
     }
+    for name, value in single.items():
+        example[name][tuple(slice(size) for size in value.shape)] = value
+    _write_msa_samples(raw, window, config, draw, training, example, is_fresh=out is None)
+    return example
+
+
+def empty_example(config: DataConfig) -> dict[str, np.ndarray]:
+    """Zeros in the sizes of one example, without batch axis."""
     sizes = dimensions(config)
-    padded = {name: pad(name, value, sizes) for name, value in single.items()}
-    for name in samples[0]:
-        padded[name] = np.stack([pad(name, sample[name], sizes) for sample in samples])
-    return padded
+    return {
+        name: np.zeros(_sizes(feature, sizes), feature.dtype)
+        for name, feature in FEATURES.items()
+        if name not in ("example_id", "num_iter_recycling")
+    }
+
+
+def _sizes(feature: Feature, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in feature.dims)
 
 
 def sequence_features(raw: RawExample, window: slice) -> dict[str, np.ndarray]:
@@ -145,35 +164,60 @@ def template_features(
     }
 
 
-def _msa_sample(
+def _write_msa_samples(
+    raw: RawExample,
+    window: slice,
+    config: DataConfig,
+    draw: Callable[[str, int], np.random.Generator],
+    training: bool,
+    example: Mapping[str, np.ndarray],
+    is_fresh: bool,
+) -> None:
+    """The MSA features: every recycling pass has its own rows, mask and clusters."""
+    profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
+    planes = msa_features.bit_planes(raw.msa)
+    names = [name for name, feature in FEATURES.items() if "recycle" in feature.dims]
+    for slot in range(RECYCLE_SLOTS):
+        out = {name: example[name][slot] for name in names}
+        _write_msa_sample(
+            raw, profile, planes, window, config, partial(draw, slot=slot), training, out, is_fresh
+        )
+
+
+def _write_msa_sample(
     raw: RawExample,
     profile: Float[np.ndarray, "r 22"],
+    planes: UInt64[np.ndarray, "5 w n"],
     window: slice,
     config: DataConfig,
     draw: Callable[[str], np.random.Generator],
     training: bool,
-) -> dict[str, np.ndarray]:
-    """The MSA features of one recycling pass: its own rows, mask and clusters."""
+    out: Mapping[str, np.ndarray],
+    is_fresh: bool,
+) -> None:
+    """The MSA features of one pass, into zeros; ``msa_feat`` may hold anything if not fresh."""
     centre_rows, extra_rows = _choose_rows(raw, config, draw, training)
-    true_msa, extra = raw.msa[centre_rows], raw.msa[extra_rows]
+    true_msa = raw.msa[centre_rows]
     fraction = config.masked_msa_fraction
     centres, bert_mask = msa_features.mask_msa(true_msa, profile, fraction, draw("masking"))
-    nearest = msa_features.assign_clusters(centres, extra)
-    centres, true_msa, extra = centres[:, window], true_msa[:, window], extra[:, window]
+    nearest = msa_features.nearest_centres(centres, planes[..., extra_rows])
+    centres, extra = centres[:, window], raw.msa[extra_rows, window]
     deletions = raw.deletions[centre_rows, window]
     extra_deletions = raw.deletions[extra_rows, window]
-    statistics = msa_features.cluster_statistics(
-        centres, deletions, extra, extra_deletions, nearest
+    rows, length = centres.shape
+    corner = (slice(rows), slice(length))
+    msa_features.msa_feat(
+        centres, deletions, extra, extra_deletions, nearest, out["msa_feat"][corner]
     )
+    for padding in (out["msa_feat"][rows:], out["msa_feat"][:rows, length:]):
+        if padding.size and not is_fresh:
+            padding.fill(0)
+    out["msa_mask"][corner] = 1
+    out["msa_row_mask"][:rows] = 1
+    out["bert_mask"][corner] = bert_mask[:, window]
+    out["true_msa"][corner] = true_msa[:, window]
     kept = draw("extra_rows").permutation(len(extra))[: config.num_extra_msa]
-    return {
-        "msa_feat": msa_features.msa_feat(centres, deletions, *statistics),
-        "msa_mask": np.ones(centres.shape),
-        "msa_row_mask": np.ones(len(centres)),
-        "bert_mask": bert_mask[:, window],
-        "true_msa": true_msa,
-        **msa_features.extra_features(extra[kept], extra_deletions[kept]),
-    }
+    msa_features.extra_features(extra[kept], extra_deletions[kept], out)
 
 
 def _choose_rows(
@@ -195,15 +239,6 @@ def _choose_rows(
         size = config.distillation_msa_rows
         rows, _ = msa_features.sample_rows(rows, size, draw("distillation_rows"))
     return msa_features.sample_rows(rows, config.num_msa_clusters, draw("cluster_rows"))
-
-
-def pad(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> Shaped[np.ndarray, "..."]:
-    """One feature (of one recycling pass) in the corner of zeros of its full size."""
-    dims = [dim for dim in FEATURES[name].dims if dim != "recycle"]
-    full = [dim if isinstance(dim, int) else sizes[dim] for dim in dims]
-    padded = np.zeros(full, FEATURES[name].dtype)
-    padded[tuple(slice(size) for size in value.shape)] = value
-    return padded
 
 
 def collate(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
