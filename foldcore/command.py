@@ -9,6 +9,7 @@ from foldcore.config import Config, ConfigError, dumps, load
 from foldcore.data.ledger import LedgerError
 from foldcore.data.loader import LoaderError
 from foldcore.data.pool import WorkerError
+from foldcore.data.share import ShareError
 from foldcore.data.slots import SlotsError
 from foldcore.deepmind import ParameterFileError
 from foldcore.errors import DataError
@@ -22,6 +23,7 @@ USER_ERRORS = (
     LoaderError,
     WorkerError,
     SlotsError,
+    ShareError,
     LedgerError,
     CheckpointError,
     LayoutError,

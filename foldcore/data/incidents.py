@@ -42,7 +42,7 @@ class Incidents:
         """Take in what the preparation of an example, and processes that died, have to say."""
         for casualty in casualties:
             self._casualty(casualty)
-        for dataset, notes in zip(self._datasets, prepared.notes, strict=True):
+        for dataset, notes in zip(self._datasets, prepared.notes, strict=False):
             dataset.report.add_notes(notes)
         for failure in prepared.failures:
             report = self._datasets[failure.source].report

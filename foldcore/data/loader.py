@@ -24,6 +24,7 @@ from foldcore.data.incidents import Incidents
 from foldcore.data.ledger import Head, Ledger, continue_ledger, read_ledger
 from foldcore.data.order import Order, Script
 from foldcore.data.sampler import Plan, recycling_iters
+from foldcore.data.share import Borrower, Lender, meeting_place
 from foldcore.data.source import InProcess, Source, Taken, Workers
 from foldcore.features import FEATURES, Batch
 
@@ -42,8 +43,9 @@ class Loader(Iterator[Batch]):
 
     Batches are validated numpy dicts of ``features.py``, with the step's recycling count. Processes
     start with the first batch, or with ``iter(loader)``, and end with ``close()``. With a
-    ``folder``, the run's, the ledger and what was quarantined are written there. ``allocate``
-    makes the arrays of a batch.
+    ``folder``, the run's, the ledger and what was quarantined are written there. ``share`` is this
+    process's place (number, count) among those of its host that work on the same examples: the
+    first prepares them for all. ``allocate`` makes the arrays of a batch.
     """
 
     def __init__(
@@ -56,11 +58,14 @@ class Loader(Iterator[Batch]):
         rank: int = 0,
         world: int = 1,
         folder: Path | None = None,
+        share: tuple[int, int] = (0, 1),
         warn: Callable[[str], None] = _log.warning,
         allocate: Callable[[Sequence[int], str], np.ndarray] = np.empty,
     ) -> None:
         if not 0 <= rank < world or batch_size < 1:
             raise ValueError(f"rank {rank} of {world} with {batch_size} examples")
+        if share[1] > 1 and folder is None:
+            raise ValueError("processes that share examples find each other by the run's folder")
         self.datasets, self.plan = tuple(preparer.datasets), preparer.plan
         self.wait_seconds = 0.0  # time spent waiting for batches, ever growing
         self.incidents = Incidents(self.datasets, self.plan, folder, rank, warn)
@@ -71,6 +76,7 @@ class Loader(Iterator[Batch]):
         self._started_at = 0
         self._max_recycling_iters = max_recycling_iters
         self._folder, self._warn, self._allocate = folder, warn, allocate
+        self._share = share
         self._ledger: Ledger | None = None
         self._source: Source | None = None
         self._end: Callable[[], object] = lambda: None
@@ -86,6 +92,7 @@ class Loader(Iterator[Batch]):
             taken: list[Taken] = []
             while len(taken) < self._order.batch_size:
                 taken.append(self._take(source, taken))
+            source.lend(taken)
             batch = self._stack(taken)
         except BaseException:
             self.close()  # what was taken of this batch is prepared again if one tries again
@@ -95,7 +102,7 @@ class Loader(Iterator[Batch]):
         distance = self._order.take([t.prepared.position for t in taken])
         self.incidents.taken(taken, distance, source.depth())
         for example in taken:
-            source.release(example)
+            source.release(example.slot)
         self._submit_ahead(source)
         self.wait_seconds += time.monotonic() - start
         return batch
@@ -166,7 +173,12 @@ class Loader(Iterator[Batch]):
     def _open_source(self) -> Source:
         if self._config.workers == 0:
             return InProcess(self._preparer, self._order.batch_size)
-        return Workers(self._preparer, self._config, self._order.batch_size)
+        number, count = self._share
+        place = meeting_place(f"{self._folder} {self._order.rank}")
+        if number > 0:
+            return Borrower(place, self._step)
+        workers = Workers(self._preparer, self._config, self._order.batch_size)
+        return Lender(workers, place, count - 1, self._step) if count > 1 else workers
 
     def _open_ledger(self) -> Ledger:
         order = self._order
@@ -178,7 +190,8 @@ class Loader(Iterator[Batch]):
             self._base,
             self.plan.fingerprint(),
         )
-        ledger = continue_ledger(head, self._folder / "ledger" if self._folder else None)
+        folder = self._folder if self._share[0] == 0 else None  # one of them writes
+        ledger = continue_ledger(head, folder / "ledger" if folder else None)
         if order.script is None or not order.script.left:
             order.follow(self._replayed() if self._config.replay else self._own_script(ledger))
         return ledger
@@ -267,10 +280,14 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
     warn: Callable[[str], None] = _log.warning,
     allocate: Callable[[Sequence[int], str], np.ndarray] = np.empty,
 ) -> Loader:
-    """The training loader of a run: its data sets, without the held-out chains."""
+    """The training loader of a run: its data sets, without the held-out chains.
+
+    ``rank`` of ``world`` is the replica of the model that this process works for.
+    """
     if config.train.batch_size % world:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} cannot be divided over {world} ranks"
@@ -290,6 +307,7 @@ def open_loader(
         rank=rank,
         world=world,
         folder=folder,
+        share=share,
         warn=warn,
         allocate=allocate,
     )

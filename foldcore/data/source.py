@@ -35,8 +35,11 @@ class Source(Protocol):
     def can_take(self, wanted: int, count: int, patience: float) -> bool:
         """Whether that many could be taken at once, the wanted one first if need be."""
 
-    def release(self, taken: Taken) -> None:
-        """The features of an example are no longer needed."""
+    def lend(self, batch: Sequence[Taken]) -> None:
+        """Let the processes that share these examples have the batch."""
+
+    def release(self, slot: int) -> None:
+        """The features in a slot are no longer needed."""
 
     def depth(self) -> int:
         """How many examples are ready."""
@@ -68,7 +71,10 @@ class InProcess:
     def can_take(self, wanted: int, count: int, patience: float) -> bool:
         return True
 
-    def release(self, taken: Taken) -> None:
+    def lend(self, batch: Sequence[Taken]) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
         pass
 
     def depth(self) -> int:
@@ -105,9 +111,12 @@ class Workers:
     def can_take(self, wanted: int, count: int, patience: float) -> bool:
         return self.pool.can_take(wanted, count, patience)
 
-    def release(self, taken: Taken) -> None:
+    def lend(self, batch: Sequence[Taken]) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
         self._room += 1
-        self.pool.release(taken.slot)
+        self.pool.release(slot)
 
     def depth(self) -> int:
         return self.pool.depth()

@@ -1,0 +1,105 @@
+"""Processes that share their examples: each prepared once, the same batches and states in all."""
+
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foldcore.config import DataConfig
+from foldcore.data import share
+from foldcore.data.loader import Loader
+from foldcore.data.share import ShareError
+from foldcore.features import Batch
+from tests.synthetic_examples import Synthetic
+
+CONFIG = DataConfig(workers=2, prefetch=2)
+
+
+def loader(folder: Path, number: int, count: int, seconds: float = 0.002) -> Loader:
+    preparer = Synthetic(seconds=seconds, slow={f"c{i}": 0.05 for i in range(0, 40, 9)})
+    return Loader(preparer, CONFIG, batch_size=2, folder=folder, share=(number, count))
+
+
+def run(source: Loader, steps: int, found: list[tuple[Batch, object]]) -> None:
+    for batch in itertools.islice(source, steps):
+        found.append((batch, source.state()))
+
+
+def run_all(loaders: list[Loader], steps: int) -> list[list[tuple[Batch, object]]]:
+    found: list[list[tuple[Batch, object]]] = [[] for _ in loaders]
+    threads = [
+        threading.Thread(target=run, args=(source, steps, rows), daemon=True)
+        for source, rows in zip(loaders, found, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return found
+
+
+def assert_equal(found: list[list[tuple[Batch, object]]], steps: int) -> None:
+    first, *others = found
+    for other in others:
+        assert len(first) == len(other) == steps
+        for (batch, state), (same_batch, same_state) in zip(first, other, strict=True):
+            assert state == same_state
+            for name, value in batch.items():
+                np.testing.assert_array_equal(same_batch[name], value, err_msg=name)
+
+
+def test_all_get_the_same_and_continue_together(tmp_path: Path) -> None:
+    loaders = [loader(tmp_path, number, 3) for number in range(3)]
+    found = run_all(loaders, 15)  # far more than there are slots
+    assert_equal(found, 15)
+    state = found[0][6][1]
+    for source in loaders:
+        source.restore(state)  # type: ignore[arg-type]
+    again = run_all(loaders, 12)
+    assert_equal(again, 12)
+    for (batch, _), (before, _) in zip(again[0], found[0][7:], strict=False):
+        np.testing.assert_array_equal(batch["example_id"], before["example_id"])
+    for source in loaders:
+        assert (source._source is None) or source._source.depth() >= 0
+        source.close()
+    assert len(list((tmp_path / "ledger").iterdir())) == 1
+
+
+def test_one_that_leaves_does_not_stop_the_first(tmp_path: Path) -> None:
+    first, second = loader(tmp_path, 0, 2), loader(tmp_path, 1, 2)
+    run_all([first, second], 3)
+    second.close()
+    found: list[tuple[Batch, object]] = []
+    run(first, 20, found)
+    assert len(found) == 20
+    first.close()
+
+
+def test_the_others_notice_when_the_first_is_gone(tmp_path: Path) -> None:
+    first, second = loader(tmp_path, 0, 2), loader(tmp_path, 1, 2)
+    run_all([first, second], 3)
+    first.close()
+    with pytest.raises(ShareError, match="that prepares these examples is gone"):
+        run(second, 3, [])
+
+
+def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "MEETING_SECONDS", 0.2)
+    with pytest.raises(ShareError, match="0 of 1 processes came"):
+        next(loader(tmp_path, 0, 2))
+    with pytest.raises(ShareError, match="never came"):
+        next(loader(tmp_path, 1, 2))
+    with pytest.raises(ValueError, match="by the run's folder"):
+        Loader(Synthetic(), CONFIG, batch_size=1, share=(0, 2))
+
+
+def test_the_meeting_place_is_the_users_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place = share.meeting_place("a")
+    assert place.parent.stat().st_mode & 0o777 == 0o700 and place != share.meeting_place("b")
+    place.parent.chmod(0o755)
+    with pytest.raises(ShareError, match="not a folder of this user alone"):
+        share.meeting_place("a")
