@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         bias: Float[Array, "b h q k"] | None = None,
     ) -> Float[Array, "b g q c_out"]:
         c_hidden = self.query_w.shape[-1]
-        query = jnp.einsum("bgqc,chd->bgqhd", q_data, self.query_w[...]) * c_hidden**-0.5
+        query = _scale(jnp.einsum("bgqc,chd->bgqhd", q_data, self.query_w[...]), c_hidden**-0.5)
         key = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.key_w[...])
         value = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.value_w[...])
         gathered = ops.attention(query, key, value, mask, bias)
@@ -104,11 +104,16 @@ class GlobalAttention(nnx.Module):
     ) -> Float[Array, "b g k c"]:
         c_hidden = self.query_w.shape[-1]
         mean = _masked_mean(x, mask)
-        query = jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]) * c_hidden**-0.5
+        query = _scale(jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]), c_hidden**-0.5)
         gathered = ops.global_attention(query, x @ self.key_w[...], x @ self.value_w[...], mask)
         gate = jnp.einsum("bgkc,chd->bgkhd", x, self.gating_w[...]) + self.gating_b[...]
         gathered = gathered[:, :, None] * jax.nn.sigmoid(gate)
         return jnp.einsum("bgkhd,hdo->bgko", gathered, self.output_w[...]) + self.output_b[...]
+
+
+def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
+    """``x * factor``, where JAX would first round the factor to a bfloat16 ``x``'s precision."""
+    return (x.astype(ops.at_least_float32(x.dtype)) * factor).astype(x.dtype)
 
 
 def _masked_mean(x: Float[Array, "b g k c"], mask: Float[Array, "b g k"]) -> Float[Array, "b g c"]:
@@ -179,8 +184,7 @@ def dropout(
     if shared_axis is not None:
         shape[shared_axis] = 1
     keep = keep_mask(tuple(shape), rate, key, name)
-    # JAX would first round the divisor to the precision of a bfloat16 update
-    scaled = update.astype(ops.at_least_float32(update.dtype)) / (1 - rate)
+    scaled = update.astype(ops.at_least_float32(update.dtype)) / (1 - rate)  # as _scale says
     return jnp.where(keep, scaled, 0).astype(update.dtype)
 
 

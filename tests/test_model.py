@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from jaxfold import ops, primitives
-from jaxfold.evoformer import EvoformerBlock, EvoformerStack, ExtraMSAStack
+from jaxfold.evoformer import EvoformerStack, ExtraMSAStack
 from jaxfold.model import RESAMPLED, AlphaFold, Recycled, _slot
 from jaxfold.params import _places, load_parameters, parameters
 from jaxfold.primitives import DropoutKey, Linear
@@ -276,48 +276,6 @@ def test_norm_and_attention_sum_in_float32() -> None:
     query = jnp.zeros((1, 1, 1, 1, 1), jnp.bfloat16)
     mean = ops.attention(query, keys, keys, jnp.ones((1, 1, 4096)))
     assert float(mean[0, 0, 0, 0, 0]) == 1.0
-
-
-def test_bfloat16_gradient_of_a_block() -> None:
-    """Close to the float32 gradient, relative to each gradient's norm."""
-    model = nnx.eval_shape(
-        lambda: EvoformerBlock(
-            6,
-            4,
-            msa_heads=2,
-            msa_head_dim=3,
-            pair_heads=2,
-            pair_head_dim=2,
-            outer_product_hidden=3,
-            triangle_hidden=4,
-            transition_factor=2,
-            msa_dropout=0.15,
-            pair_dropout=0.25,
-        )
-    )
-    graphdef, state = nnx.split(model)
-    random = np.random.default_rng(0)
-    shapes = (2, 3, 4, 6), (2, 4, 4, 4)
-    inputs, weights = ([random.normal(size=shape) for shape in shapes] for _ in range(2))
-
-    def gradient(dtype: Any) -> dict[str, np.ndarray]:
-        def loss(arrays: dict[str, Any]) -> jax.Array:
-            model = nnx.merge(graphdef, state)
-            load_parameters(model, {name: array.astype(dtype) for name, array in arrays.items()})
-            msa, pair = (jnp.asarray(x, dtype) for x in inputs)
-            outputs = model(msa, pair, jnp.ones((2, 3, 4)), jnp.ones((2, 4, 4)))
-            return sum(
-                (jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), start=jnp.zeros(())
-            )
-
-        found = compiled(jax.grad(loss))(random_parameters(parameters(model)))
-        return {name: np.asarray(value) for name, value in found.items()}
-
-    exact = gradient(jnp.float32)
-    for name, value in gradient(jnp.bfloat16).items():
-        if "feat_2d_norm//offset" not in name:  # zero but for rounding
-            error = np.linalg.norm(value - exact[name]) / np.linalg.norm(exact[name])
-            assert error < 0.1, (name, error)
 
 
 # Gradients ----------------------------------------------------------------------------------------
