@@ -107,7 +107,8 @@ def make_example(
     }
     for name, value in single.items():
         example[name][tuple(slice(size) for size in value.shape)] = value
-    _write_msa_samples(raw, window, config, draw, training, example, is_fresh=out is None)
+    draws = [partial(draw, slot=slot) for slot in range(RECYCLE_SLOTS)]
+    _write_msa_samples(raw, window, config, draws, training, example, is_fresh=out is None)
     return example
 
 
@@ -168,7 +169,7 @@ def _write_msa_samples(
     raw: RawExample,
     window: slice,
     config: DataConfig,
-    draw: Callable[[str, int], np.random.Generator],
+    draws: Sequence[Callable[[str], np.random.Generator]],
     training: bool,
     example: Mapping[str, np.ndarray],
     is_fresh: bool,
@@ -177,11 +178,9 @@ def _write_msa_samples(
     profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
     planes = msa_features.bit_planes(raw.msa)
     names = [name for name, feature in FEATURES.items() if "recycle" in feature.dims]
-    for slot in range(RECYCLE_SLOTS):
+    for slot, draw in enumerate(draws):
         out = {name: example[name][slot] for name in names}
-        _write_msa_sample(
-            raw, profile, planes, window, config, partial(draw, slot=slot), training, out, is_fresh
-        )
+        _write_msa_sample(raw, profile, planes, window, config, draw, training, out, is_fresh)
 
 
 def _write_msa_sample(
