@@ -25,7 +25,7 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup train-jax train-torch test test-slow test-gpu bench-kernels lint format oracle clean
+.PHONY: help setup train-jax train-torch test test-slow test-gpu bench-kernels bench-loader lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -70,6 +70,9 @@ test-gpu: oracle  ## the tests that need an NVIDIA GPU
 
 bench-kernels: setup  ## times and errors of the kernels beside their peers, on an NVIDIA GPU
 	@$(BIN)/python -m parity.bench_kernels $(ARGS)
+
+bench-loader: setup  ## the loader beside PyTorch's, with a tail of slow examples (about 3 minutes)
+	@$(BIN)/python -W ignore -m parity.bench_loader $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -105,7 +105,7 @@ class DataConfig:
     cluster_weighting: Literal["inverse", "inverse_sqrt", "none"] = "inverse"
     min_length: int = 10  # residues
     workers: int = 4  # loader processes; 0 prepares in the training process
-    prefetch: int = 16  # batches prepared ahead
+    prefetch: int = 16  # batches prepared ahead; of large ones fewer: 64 examples, or 2 batches
     ordered: bool = False  # wait for slow examples, so that the order is always the plan's
     reorder_window: int = 1024  # examples of a rank that may overtake a slow one
     example_timeout: float = 600.0  # seconds, after which a loader process counts as hung

@@ -223,7 +223,10 @@ def read_file(path: Path) -> tuple[Head, list[bytes]]:
         check = zlib.crc32(row, check)
         if CHECK.pack(check) != data[start + len(row) : start + head.record]:
             if start + head.record < len(data):  # not the last: never the work of a kill
-                raise LedgerError(f"{path}: step {head.step + len(rows) + 1} is damaged")
+                raise LedgerError(
+                    f"{path}: step {head.step + len(rows) + 1} is damaged; the run can continue "
+                    "without this file, but not be replayed"
+                )
             break
         rows.append(row)
     return head, rows

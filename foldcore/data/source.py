@@ -10,6 +10,8 @@ from foldcore.data.pool import Casualty, WorkerPool
 from foldcore.data.slots import Slots
 from foldcore.features import Batch, dimensions
 
+MAX_AHEAD = 64  # examples; more take memory and no longer help
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -88,10 +90,14 @@ class InProcess:
 
 
 class Workers:
-    """Processes that prepare ahead, ``data.prefetch`` batches beyond what is in work."""
+    """Processes that prepare ahead, ``data.prefetch`` batches beyond what is in work.
+
+    Of large batches it is fewer: no more than 64 examples, or two batches.
+    """
 
     def __init__(self, preparer: Any, config: DataConfig, batch_size: int) -> None:
-        count = config.prefetch * batch_size + config.workers
+        ahead = min(config.prefetch * batch_size, max(MAX_AHEAD, 2 * batch_size))
+        count = ahead + config.workers
         slots = Slots.create(dimensions(preparer.config), count)
         self.pool = WorkerPool(preparer, config.workers, slots, config.example_timeout)
         self._room = count
