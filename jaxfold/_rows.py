@@ -24,6 +24,7 @@ def sum_columns(sums: Array, like: Array) -> Array:
 
 @jax.custom_vjp
 def layer_norm(x: Array, scale: Array, offset: Array) -> Array:
+    """Layer normalisation of the last axis."""
     c = x.shape[-1]
     launch = norm_kernels.forward(x.size // c, c, dtype_name(x), architecture())
     return call(launch, x.reshape(-1, c), scale, offset)[0].reshape(x.shape)
@@ -59,6 +60,7 @@ def transition(
     bias2: Array,
     residual: bool,
 ) -> Array:
+    """The update of a transition, with ``residual`` added to x."""
     c, f = weights1.shape
     n = x.size // c
     launch = transition_kernels.forward(n, c, f, dtype_name(x), architecture(), residual)

@@ -13,17 +13,6 @@ from jaxfold._rows import sum_columns
 from jaxfold._triton import architecture, call, dtype_name
 
 
-def triangle_multiplication(
-    pair: Array,
-    mask: Array,
-    parameters: tuple[Array, ...],
-    outgoing: bool,
-    factor: Array | None,
-    residual: bool,
-) -> Array:
-    return _multiplication(pair, mask, factor, tuple(parameters), outgoing, residual)
-
-
 def _multiply(left: Array, right: Array, outgoing: bool) -> Array:
     """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i]."""
     return left @ right.mT if outgoing else right.mT @ left
@@ -38,7 +27,7 @@ def _multiply_backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _multiplication(
+def triangle_multiplication(
     pair: Array,
     mask: Array,
     factor: Array | None,
@@ -46,6 +35,7 @@ def _multiplication(
     outgoing: bool,
     residual: bool,
 ) -> Array:
+    """The update of the pair, with ``residual`` added to it."""
     return _forward(pair, mask, factor, parameters, outgoing, residual)[0]
 
 
@@ -61,13 +51,13 @@ def _forward(
     b, i, j, c = pair.shape
     h = parameters[2].shape[1]
     kind = dtype_name(pair), architecture()
-    mask = mask.astype(jnp.float32)
     launch = triangle.project(b, i * j, c, h, *kind)
-    left, right = (x.reshape(b, h, i, j) for x in call(launch, pair, mask, *parameters[:10]))
+    inputs = (pair, mask.astype(jnp.float32), *parameters[:10])
+    left, right = (x.reshape(b, h, i, j) for x in call(launch, *inputs))
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)
-    inputs = (product, pair, mask if factor is None else factor)
-    (out,) = call(launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:])
+    arrays = (product, pair, mask if factor is None else factor)
+    (out,) = call(launch, *arrays, *parameters[10:14], *parameters[:2], *parameters[14:])
     saved = (pair, mask, factor, parameters, left, right, product)
     return out.reshape(pair.shape), saved
 
@@ -88,7 +78,7 @@ def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[
     launch = triangle_backward.project_backward(b, i * j, c, h, *kind, residual)
     weights = (*parameters[:10], parameters[14])
     pair_grad, normalized, projected_grad, sums = call(
-        launch, pair, mask, *grads, gate_grad, grad, *weights
+        launch, pair, mask.astype(jnp.float32), *grads, gate_grad, grad, *weights
     )
     projections = jnp.einsum("bpc,bpw->cw", normalized, projected_grad)
     bias = parameters[3]
@@ -104,4 +94,4 @@ def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[
     return pair_grad.reshape(pair.shape), jnp.zeros_like(mask), factor_grad, parameter_grads
 
 
-_multiplication.defvjp(_forward, _backward)
+triangle_multiplication.defvjp(_forward, _backward)

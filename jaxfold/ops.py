@@ -201,24 +201,24 @@ class TriangleParameters(NamedTuple):
 def triangle_multiplication(
     pair: Float[Array, "b i j c_z"],
     pair_mask: Float[Array, "b i j"],
-    parameters: TriangleParameters,
+    factor: Float[Array, "b 1 j c_z"] | None,
+    *parameters: Float[Array, "..."],
     outgoing: bool,
-    factor: Float[Array, "b 1 j c_z"] | None = None,
-    *,
     residual: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "b i j c_z"]:
     """Update of each edge from the triangles it is part of (Suppl. Alg. 11 and 12).
 
     With ``factor`` the update is multiplied by it (dropout), with ``residual`` added to ``pair``.
+    ``parameters`` are those of TriangleParameters in its order.
     """
     if _kernel_runs("triangle_multiplication", implementation, pair):
         from jaxfold import _triangle
 
         return _triangle.triangle_multiplication(
-            pair, pair_mask, parameters, outgoing, factor, residual
+            pair, pair_mask, factor, parameters, outgoing, residual
         )
-    w, plain = parameters, "reference"
+    w, plain = TriangleParameters(*parameters), "reference"
     x = layer_norm(pair, w.norm_scale, w.norm_offset, implementation=plain)
     mask = pair_mask[..., None].astype(x.dtype)
     left = mask * (x @ w.left + w.left_bias) * jax.nn.sigmoid(x @ w.left_gate + w.left_gate_bias)
@@ -228,9 +228,19 @@ def triangle_multiplication(
     center = layer_norm(product, w.center_scale, w.center_offset, implementation=plain)
     update = center @ w.output + w.output_bias
     update = update * jax.nn.sigmoid(x @ w.gating + w.gating_bias)
+    return apply_update(pair, update, factor, residual)
+
+
+def apply_update(
+    x: Float[Array, "*batch c"],
+    update: Float[Array, "*batch c"],
+    factor: Float[Array, "..."] | None,
+    residual: bool,
+) -> Float[Array, "*batch c"]:
+    """The update times ``factor`` (dropout), with ``residual`` added to ``x``."""
     if factor is not None:
-        update = (update * factor).astype(pair.dtype)
-    return pair + update if residual else update
+        update = (update * factor).astype(x.dtype)
+    return x + update if residual else update
 
 
 def transition(

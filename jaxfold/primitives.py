@@ -124,15 +124,29 @@ def _masked_mean(x: Float[Array, "b g k c"], mask: Float[Array, "b g k"]) -> Flo
 
 
 class Transition(nnx.Module):
-    """Two-layer perceptron on each position (Suppl. Alg. 9 and 15); padding is not masked."""
+    """Two-layer perceptron on each position (Suppl. Alg. 9 and 15); padding is not masked.
+
+    With ``residual`` it returns its input plus the update.
+    """
 
     def __init__(self, c: int, factor: int):
         self.input_layer_norm = LayerNorm(c)
         self.transition1 = Linear(c, c * factor, init="relu")
         self.transition2 = Linear(c * factor, c, init="final")
 
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
-        return self.transition2(jax.nn.relu(self.transition1(self.input_layer_norm(x))))
+    def __call__(
+        self, x: Float[Array, "*batch c"], residual: bool = False
+    ) -> Float[Array, "*batch c"]:
+        return ops.transition(
+            x,
+            self.input_layer_norm.scale[...],
+            self.input_layer_norm.offset[...],
+            self.transition1.weights[...],
+            self.transition1.bias[...],
+            self.transition2.weights[...],
+            self.transition2.bias[...],
+            residual=residual,
+        )
 
 
 # Dropout ------------------------------------------------------------------------------------------
@@ -186,6 +200,18 @@ def dropout(
     keep = keep_mask(tuple(shape), rate, key, name)
     scaled = update.astype(ops.at_least_float32(update.dtype)) / (1 - rate)  # as _scale says
     return jnp.where(keep, scaled, 0).astype(update.dtype)
+
+
+def dropout_factor(
+    x: Float[Array, "b *rest"], rate: float, key: DropoutKey | None, name: str, shared_axis: int
+) -> Float[Array, "b ..."] | None:
+    """What ``dropout`` multiplies an update of ``x`` by, of size 1 along ``shared_axis``."""
+    if key is None or rate == 0:
+        return None
+    shape = list(x.shape)
+    shape[shared_axis] = 1
+    keep = keep_mask(tuple(shape), rate, key, name)
+    return keep.astype(ops.at_least_float32(x.dtype)) / (1 - rate)
 
 
 def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Array:

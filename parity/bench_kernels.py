@@ -15,13 +15,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import torch
 
-from parity import bench_attention
+from parity import bench_attention, bench_rows
 from parity.benchmark import Row
 from parity.sweep import sweep
 from parity.timing import measure_ceilings
 
-BENCHMARKS = (bench_attention.benchmarks,)
-CANDIDATES = (bench_attention.candidates,)
+BENCHMARKS = (bench_attention.benchmarks, bench_rows.benchmarks)
+CANDIDATES = (bench_attention.candidates, bench_rows.candidates)
 
 
 def main(arguments: list[str]) -> None:

@@ -60,13 +60,12 @@ def arrays(case: Case) -> dict[str, Tensor]:
 
 def check(case: Case) -> None:
     def run(implementation: str, **given: Tensor) -> Tensor:
-        parameters = ops.TriangleParameters(*(given[n] for n in ops.TriangleParameters._fields))
         return ops.triangle_multiplication(
             given["pair"],
             given["pair_mask"],
-            parameters,
-            case.outgoing,
             given.get("factor"),
+            *(given[name] for name in ops.TriangleParameters._fields),
+            outgoing=case.outgoing,
             residual=case.residual,
             implementation=implementation,
         )

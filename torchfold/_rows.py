@@ -20,6 +20,7 @@ def sum_columns(sums: Tensor, like: Tensor) -> Tensor:
 
 @torch.library.custom_op("twinfold::layer_norm", mutates_args=())
 def layer_norm(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Layer normalisation of the last axis."""
     c = x.shape[-1]
     launch = norm_kernels.forward(x.numel() // c, c, dtype_name(x), architecture(x.device))
     return call(launch, x, scale, offset)[0].view(x.shape)
@@ -70,6 +71,7 @@ def transition(
     bias2: Tensor,
     residual: bool,
 ) -> Tensor:
+    """The update of a transition, with ``residual`` added to x."""
     c, f = weights1.shape
     n, arch = x.numel() // c, architecture(x.device)
     launch = transition_kernels.forward(n, c, f, dtype_name(x), arch, residual)

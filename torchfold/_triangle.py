@@ -13,11 +13,12 @@ from torchfold._triton import architecture, call, dtype_name
 def triangle_multiplication(
     pair: Tensor,
     mask: Tensor,
+    factor: Tensor | None,
     parameters: Sequence[Tensor],
     outgoing: bool,
-    factor: Tensor | None,
     residual: bool,
 ) -> Tensor:
+    """The update of the pair, with ``residual`` added to it."""
     return _forward(pair, mask, factor, list(parameters), outgoing, residual)[0]
 
 

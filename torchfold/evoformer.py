@@ -169,20 +169,25 @@ class EvoformerBlock(nn.Module):
             msa = msa + self.msa_column_global_attention(msa, msa_mask)
         else:
             msa = msa + self.msa_column_attention(msa, msa_mask)
-        return msa + self.msa_transition(msa)
+        return self.msa_transition(msa, residual=True)
 
     def _update_pair(
         self, pair: Pair, pair_mask: Float[Tensor, "b i j"], dropout: DropoutKey | None
     ) -> Pair:
+        rate = self.pair_dropout
+        for multiplication, name in (
+            (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing"),
+            (self.triangle_multiplication_incoming, "triangle_multiplication_incoming"),
+        ):
+            factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis=1)
+            pair = multiplication(pair, pair_mask, factor, residual=True)
         for module, name, shared_axis in (
-            (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing", 1),
-            (self.triangle_multiplication_incoming, "triangle_multiplication_incoming", 1),
             (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
             update = module(pair, pair_mask)
-            pair = pair + primitives.dropout(update, self.pair_dropout, dropout, name, shared_axis)
-        return pair + self.pair_transition(pair)
+            pair = pair + primitives.dropout(update, rate, dropout, name, shared_axis)
+        return self.pair_transition(pair, residual=True)
 
 
 class EvoformerStack(nn.Module):

@@ -201,24 +201,24 @@ class TriangleParameters(NamedTuple):
 def triangle_multiplication(
     pair: Float[Tensor, "b i j c_z"],
     pair_mask: Float[Tensor, "b i j"],
-    parameters: TriangleParameters,
+    factor: Float[Tensor, "b 1 j c_z"] | None,
+    *parameters: Float[Tensor, "..."],
     outgoing: bool,
-    factor: Float[Tensor, "b 1 j c_z"] | None = None,
-    *,
     residual: bool = False,
     implementation: str | None = None,
 ) -> Float[Tensor, "b i j c_z"]:
     """Update of each edge from the triangles it is part of (Suppl. Alg. 11 and 12).
 
     With ``factor`` the update is multiplied by it (dropout), with ``residual`` added to ``pair``.
+    ``parameters`` are those of TriangleParameters in its order.
     """
     if _kernel_runs("triangle_multiplication", implementation, pair):
         from torchfold import _triangle
 
         return _triangle.triangle_multiplication(
-            pair, pair_mask, parameters, outgoing, factor, residual
+            pair, pair_mask, factor, parameters, outgoing, residual
         )
-    w, plain = parameters, "reference"
+    w, plain = TriangleParameters(*parameters), "reference"
     x = layer_norm(pair, w.norm_scale, w.norm_offset, implementation=plain)
     mask = pair_mask[..., None].to(x.dtype)
     left = mask * (x @ w.left + w.left_bias) * torch.sigmoid(x @ w.left_gate + w.left_gate_bias)
@@ -228,9 +228,19 @@ def triangle_multiplication(
     center = layer_norm(product, w.center_scale, w.center_offset, implementation=plain)
     update = center @ w.output + w.output_bias
     update = update * torch.sigmoid(x @ w.gating + w.gating_bias)
+    return apply_update(pair, update, factor, residual)
+
+
+def apply_update(
+    x: Float[Tensor, "*batch c"],
+    update: Float[Tensor, "*batch c"],
+    factor: Float[Tensor, "..."] | None,
+    residual: bool,
+) -> Float[Tensor, "*batch c"]:
+    """The update times ``factor`` (dropout), with ``residual`` added to ``x``."""
     if factor is not None:
-        update = (update * factor).to(pair.dtype)
-    return pair + update if residual else update
+        update = (update * factor).to(x.dtype)
+    return x + update if residual else update
 
 
 def transition(

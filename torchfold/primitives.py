@@ -129,7 +129,10 @@ def _masked_mean(
 
 
 class Transition(nn.Module):
-    """Two-layer perceptron on each position (Suppl. Alg. 9 and 15); padding is not masked."""
+    """Two-layer perceptron on each position (Suppl. Alg. 9 and 15); padding is not masked.
+
+    With ``residual`` it returns its input plus the update.
+    """
 
     def __init__(self, c: int, factor: int):
         super().__init__()
@@ -137,8 +140,19 @@ class Transition(nn.Module):
         self.transition1 = Linear(c, c * factor, init="relu")
         self.transition2 = Linear(c * factor, c, init="final")
 
-    def forward(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch c"]:
-        return self.transition2(torch.relu(self.transition1(self.input_layer_norm(x))))
+    def forward(
+        self, x: Float[Tensor, "*batch c"], residual: bool = False
+    ) -> Float[Tensor, "*batch c"]:
+        return ops.transition(
+            x,
+            self.input_layer_norm.scale,
+            self.input_layer_norm.offset,
+            self.transition1.weights,
+            self.transition1.bias,
+            self.transition2.weights,
+            self.transition2.bias,
+            residual=residual,
+        )
 
 
 # Dropout ------------------------------------------------------------------------------------------
@@ -203,6 +217,18 @@ def dropout(
         shape[shared_axis] = 1
     keep = keep_mask(tuple(shape), rate, key, name)
     return torch.where(keep, update / (1 - rate), 0).to(update.dtype)
+
+
+def dropout_factor(
+    x: Float[Tensor, "b *rest"], rate: float, key: DropoutKey | None, name: str, shared_axis: int
+) -> Float[Tensor, "b ..."] | None:
+    """What ``dropout`` multiplies an update of ``x`` by, of size 1 along ``shared_axis``."""
+    if key is None or rate == 0:
+        return None
+    shape = list(x.shape)
+    shape[shared_axis] = 1
+    keep = keep_mask(tuple(shape), rate, key, name)
+    return keep.to(ops.at_least_float32(x.dtype)) / (1 - rate)
 
 
 def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Tensor:

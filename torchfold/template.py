@@ -62,15 +62,20 @@ class TemplatePairBlock(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Tensor, "b i j c_t"]:
+        rate = self.dropout_rate
         for module, name, shared_axis in (
             (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
-            (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing", 1),
-            (self.triangle_multiplication_incoming, "triangle_multiplication_incoming", 1),
         ):
             update = module(pair, pair_mask)
-            pair = pair + primitives.dropout(update, self.dropout_rate, dropout, name, shared_axis)
-        return pair + self.pair_transition(pair)
+            pair = pair + primitives.dropout(update, rate, dropout, name, shared_axis)
+        for multiplication, name in (
+            (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing"),
+            (self.triangle_multiplication_incoming, "triangle_multiplication_incoming"),
+        ):
+            factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis=1)
+            pair = multiplication(pair, pair_mask, factor, residual=True)
+        return self.pair_transition(pair, residual=True)
 
 
 class TemplatePairStack(nn.Module):

@@ -9,7 +9,10 @@ from torchfold.primitives import Attention, LayerNorm, Linear, parameter
 
 
 class TriangleMultiplication(nn.Module):
-    """Edge ij from all edges to a third residue k (Suppl. Alg. 11 and 12)."""
+    """Edge ij from all edges to a third residue k (Suppl. Alg. 11 and 12).
+
+    With ``factor`` the update is multiplied by it, with ``residual`` added to the pair.
+    """
 
     outgoing: bool
 
@@ -25,15 +28,33 @@ class TriangleMultiplication(nn.Module):
         self.gating_linear = Linear(c_z, c_z, init="gating")
 
     def forward(
-        self, pair: Float[Tensor, "b i j c_z"], pair_mask: Float[Tensor, "b i j"]
+        self,
+        pair: Float[Tensor, "b i j c_z"],
+        pair_mask: Float[Tensor, "b i j"],
+        factor: Float[Tensor, "b 1 j c_z"] | None = None,
+        residual: bool = False,
     ) -> Float[Tensor, "b i j c_z"]:
-        x = self.layer_norm_input(pair)
-        mask = pair_mask[..., None].to(x.dtype)
-        left = mask * self.left_projection(x) * torch.sigmoid(self.left_gate(x))
-        right = mask * self.right_projection(x) * torch.sigmoid(self.right_gate(x))
-        product = ops.triangle_product(left, right, self.outgoing)
-        update = self.output_projection(self.center_layer_norm(product))
-        return update * torch.sigmoid(self.gating_linear(x))
+        projections = (self.left_projection, self.left_gate, self.right_projection, self.right_gate)
+        return ops.triangle_multiplication(
+            pair,
+            pair_mask,
+            factor,
+            *_norm(self.layer_norm_input),
+            *(array for linear in projections for array in _linear(linear)),
+            *_norm(self.center_layer_norm),
+            *_linear(self.output_projection),
+            *_linear(self.gating_linear),
+            outgoing=self.outgoing,
+            residual=residual,
+        )
+
+
+def _linear(module: Linear) -> tuple[Tensor, Tensor]:
+    return module.weights, module.bias
+
+
+def _norm(module: LayerNorm) -> tuple[Tensor, Tensor]:
+    return module.scale, module.offset
 
 
 class TriangleMultiplicationOutgoing(TriangleMultiplication):

@@ -160,47 +160,15 @@ def project_backward_kernel(
     wide: tl.constexpr = 4 * H + C
     dprojected = dprojected_ptr + first * wide
     dx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    left_side = (left_ptr, left_bias_ptr, left_gate_ptr, left_gate_bias_ptr)
+    right_side = (right_ptr, right_bias_ptr, right_gate_ptr, right_gate_bias_ptr)
     for h in range(0, H, BLOCK_H):
-        dx = gated_backward(
-            dx,
-            x,
-            mask,
-            dleft_ptr + out + h * P,
-            left_ptr,
-            left_bias_ptr,
-            left_gate_ptr,
-            left_gate_bias_ptr,
-            dprojected + h,
-            sums + h,
-            h,
-            left,
-            P,
-            C,
-            H,
-            BLOCK_P,
-            BLOCK_C,
-            BLOCK_H,
-        )
-        dx = gated_backward(
-            dx,
-            x,
-            mask,
-            dright_ptr + out + h * P,
-            right_ptr,
-            right_bias_ptr,
-            right_gate_ptr,
-            right_gate_bias_ptr,
-            dprojected + 2 * H + h,
-            sums + 2 * H + h,
-            h,
-            left,
-            P,
-            C,
-            H,
-            BLOCK_P,
-            BLOCK_C,
-            BLOCK_H,
-        )
+        dgated = load_gated(dleft_ptr + out, mask, h, left, P, H, BLOCK_P, BLOCK_H)
+        to, sum_to = dprojected + h, sums + h
+        dx = gated_backward(dx, x, dgated, left_side, to, sum_to, h, left, C, H, BLOCK_C)
+        dgated = load_gated(dright_ptr + out, mask, h, left, P, H, BLOCK_P, BLOCK_H)
+        to, sum_to = to + 2 * H, sum_to + 2 * H
+        dx = gated_backward(dx, x, dgated, right_side, to, sum_to, h, left, C, H, BLOCK_C)
     for c in range(0, C, BLOCK_O):
         column = tl.arange(0, BLOCK_O)[None, :]
         dgate = load_tile(dgate_ptr + first * C + c, left, C - c, row, column, C, 1)
@@ -217,36 +185,46 @@ def project_backward_kernel(
 
 
 @triton.jit
+def load_gated(
+    base_ptr,
+    mask,
+    h,
+    left,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """[BLOCK_P, BLOCK_H] of [h, p], times the mask."""
+    row = tl.arange(0, BLOCK_P)[:, None]
+    column = tl.arange(0, BLOCK_H)[None, :]
+    return load_tile(base_ptr + h * P, left, H - h, row, column, 1, P).to(tl.float32) * mask
+
+
+@triton.jit
 def gated_backward(
     dx,
     x,
-    mask,
-    dgated_ptr,
-    weights_ptr,
-    bias_ptr,
-    gate_ptr,
-    gate_bias_ptr,
+    dgated,
+    pointers,  # to the weights and bias of the projection and of its gate
     dprojected_ptr,
     sums_ptr,
     h,
     left,
-    P: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):
-    """``dx`` and what BLOCK_H channels of one gated projection add to it."""
-    row = tl.arange(0, BLOCK_P)[:, None]
-    column = tl.arange(0, BLOCK_H)[None, :]
-    index = tl.arange(0, BLOCK_H)
+    """``dx`` and what some channels of one gated projection, from ``h`` on, add to it."""
+    weights_ptr, bias_ptr, gate_ptr, gate_bias_ptr = pointers
+    row = tl.arange(0, dgated.shape[0])[:, None]
+    index = tl.arange(0, dgated.shape[1])
+    column = index[None, :]
     wide: tl.constexpr = 4 * H + C
     weights = load_weights(weights_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
     gate_weights = load_weights(gate_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
     value = product(x, weights) + load_vector(bias_ptr + h, column, H - h)
     gate = sigmoid(product(x, gate_weights) + load_vector(gate_bias_ptr + h, column, H - h))
-    dgated = load_tile(dgated_ptr, left, H - h, row, column, 1, P).to(tl.float32) * mask
     dvalue = dgated * gate
     store_tile(dprojected_ptr, dvalue, left, H - h, row, column, wide, 1)
     tl.store(sums_ptr + index, tl.sum(dvalue, 0), mask=index < H - h)
