@@ -44,10 +44,9 @@ def _results(
     }
 
     def loss(leaves: dict[str, Array]) -> tuple[Array, Array]:
-        inputs = {name: leaves.get(name, x) for name, x in arrays.items()}
-        output = getattr(ops, case.op)(
-            *inputs.values(), **case.options, implementation=implementation
-        )
+        # in the case's order, which the arrays have lost on their way through jit
+        inputs = [leaves.get(name, arrays[name]) for name in case.shapes]
+        output = getattr(ops, case.op)(*inputs, **case.options, implementation=implementation)
         # not constant, for a constant gradient has none through a softmax
         weights = jnp.cos(jnp.arange(output.shape[-1], dtype=jnp.float32))
         return jnp.sum(output.astype(jnp.float32) * weights), output

@@ -1,6 +1,8 @@
 """How JAX launches a Triton kernel: the one file that knows jax-triton."""
 
 import functools
+import os
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -11,12 +13,10 @@ from foldcore.kernels.launch import Launch
 
 def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
     """Run a kernel; the outputs are new arrays."""
-    import jax_triton  # cannot be imported without a GPU build of jaxlib
-
     shapes = tuple(jax.ShapeDtypeStruct(o.shape, np.dtype(o.dtype)) for o in launch.outputs)
     # a Python float would arrive in the kernel as float64
     scalars = [np.float32(x) if isinstance(x, float) else x for x in launch.scalars]
-    return jax_triton.triton_call(
+    return _jax_triton().triton_call(
         *inputs,
         *scalars,
         kernel=launch.kernel,
@@ -27,6 +27,22 @@ def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
         num_stages=launch.num_stages,
         **launch.constants,
     )
+
+
+@functools.cache
+def _jax_triton() -> ModuleType:
+    """The library, which cannot be imported without a GPU build of jaxlib.
+
+    Its import empties TRITON_CACHE_DIR, with which Triton refuses to work for anyone else.
+    """
+    name = "TRITON_CACHE_DIR"
+    folder = os.environ.get(name)
+    import jax_triton
+
+    del os.environ[name]
+    if folder is not None:
+        os.environ[name] = folder
+    return jax_triton
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from foldcore.kernels.launch import Launch
 from parity.timing import graph_ms
@@ -41,15 +42,28 @@ def sweep(candidates: Iterable[Candidate], label: str) -> None:
     """Print the fastest sizes of each kernel and shape whose label contains ``label``."""
     chosen = [c for c in candidates if label in c.label]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        failures = pool.map(compile_one, chosen, chunksize=1)
-    working = [c for c, failure in zip(chosen, failures, strict=True) if not failure]
-    print(f"{len(working)} of {len(chosen)} sizes fit the device")
-    for name, group in itertools.groupby(working, key=lambda c: c.label):
-        competitors = list(group)
-        inputs = competitors[0].draw_inputs()
-        times = [(graph_ms(runner(c, inputs)), str(c.tiles)) for c in competitors]
-        for milliseconds, tiles in sorted(times)[:BEST]:
-            print(f"{name:<45} {milliseconds:.4f} ms {tiles}", flush=True)
+        compiled = zip(chosen, pool.imap(compile_one, chosen), strict=True)
+        for name, group in itertools.groupby(compiled, key=lambda pair: pair[0].label):
+            competitors = list(group)
+            times = time_all([c for c, failure in competitors if not failure])
+            for milliseconds, tiles in sorted(times)[:BEST]:
+                print(f"{name:<45} {milliseconds:.4f} ms {tiles}", flush=True)
+            if len(times) < len(competitors):
+                print(f"{name:<45} {len(competitors) - len(times)} sizes do not fit", flush=True)
+
+
+def time_all(competitors: list[Candidate]) -> list[tuple[float, str]]:
+    """Milliseconds and sizes of those that fit this device."""
+    times = []
+    inputs = competitors[0].draw_inputs() if competitors else []
+    for candidate in competitors:
+        try:
+            times.append((graph_ms(runner(candidate, inputs)), str(candidate.tiles)))
+        except OutOfResources:  # more shared memory than there is; known once it is loaded
+            continue
+    del inputs
+    torch.cuda.empty_cache()
+    return times
 
 
 def runner(candidate: Candidate, inputs: list[Tensor]) -> Callable[[], object]:
