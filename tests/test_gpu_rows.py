@@ -1,0 +1,137 @@
+"""LayerNorm, transition, triangle multiplication on a GPU: both tracks, sizes of the model."""
+
+import math
+import os
+import re
+
+import pytest
+import torch
+
+from tests import kernel_checks
+from tests.test_kernels_jax import check as check_jax
+from tests.test_kernels_rows import layer_norm, norm_arrays, transition, transition_arrays
+from tests.test_kernels_triangle import Case, arrays, check
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is here as well
+
+pytestmark = pytest.mark.gpu
+
+BFLOAT16 = torch.bfloat16
+DTYPES = (torch.float32, BFLOAT16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(65536, 128), (32768, 256), (70001, 64), (1029, 384), (257, 37), (129, 1000), (1, 128)],
+    ids=str,
+)
+def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    kernel_checks.check(layer_norm, norm_arrays(shape, seed=0), dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "f", "dtype"),
+    [
+        ((256, 256, 128), 512, BFLOAT16),
+        ((128, 256, 256), 1024, BFLOAT16),
+        ((70001, 64), 256, BFLOAT16),
+        ((4, 129, 129, 64), 128, BFLOAT16),
+        ((257, 96), 384, BFLOAT16),
+        ((1, 128), 512, BFLOAT16),
+        ((1029, 128), 512, torch.float32),
+        ((1029, 256), 1024, torch.float32),
+        ((257, 37), 50, torch.float32),
+    ],
+    ids=str,
+)
+def test_transition(shape: tuple[int, ...], f: int, dtype: torch.dtype) -> None:
+    kernel_checks.check(transition(residual=f != 128), transition_arrays(shape, f, seed=0), dtype)
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"residues": 256, "c": 128, "h": 128, "dropout": True, "residual": True},
+        {"residues": 384, "c": 128, "h": 128, "residual": True},
+        {"residues": 256, "c": 64, "h": 64, "batch": 4, "dropout": True, "residual": True},
+        {"residues": 257, "c": 128, "h": 128},
+        {"residues": 129, "c": 128, "h": 64, "batch": 2, "dropout": True},
+        {"residues": 37, "c": 40, "h": 72},
+        {"residues": 7, "c": 16, "h": 16},
+        {"residues": 1, "c": 128, "h": 128},
+        {"residues": 129, "c": 128, "h": 128, "dtype": torch.float32, "dropout": True},
+        {"residues": 64, "c": 64, "h": 64, "dtype": torch.float32, "residual": True},
+    ],
+    ids=str,
+)
+def test_triangle_multiplication(sizes: dict[str, int], outgoing: bool) -> None:
+    check(Case(**{"dtype": BFLOAT16, **sizes}, outgoing=outgoing))
+
+
+def test_torch_operations_compile() -> None:
+    given = {k: x.cuda() for k, x in transition_arrays((3, 50, 32), 64, seed=0).items()}
+    seed = given.pop("seed")
+
+    def loss(**leaves: torch.Tensor) -> torch.Tensor:
+        x = leaves["x"]
+        y = layer_norm("triton", 2 * x, leaves["scale"], leaves["offset"])
+        return torch.sum(seed * transition(residual=True)("triton", **{**leaves, "x": y}))
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = {k: x.clone().requires_grad_() for k, x in given.items()}
+        function(**leaves).backward()
+        results.append({k: x.grad for k, x in leaves.items()})
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-4)
+
+
+def jax_function(op: str, **options: bool):  # type: ignore[no-untyped-def]
+    from jaxfold import ops
+
+    fields = ops.TriangleParameters._fields
+
+    def run(implementation: str, **given):  # type: ignore[no-untyped-def]
+        if op == "triangle_multiplication":
+            given = {k: given[k] for k in ("pair", "pair_mask", "factor", *fields)}
+        return getattr(ops, op)(*given.values(), **options, implementation=implementation)
+
+    return run
+
+
+TRIANGLE = Case(64, c=128, h=128, dropout=True)
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+def test_jax_triangle_multiplication(outgoing: bool) -> None:
+    function = jax_function("triangle_multiplication", outgoing=outgoing, residual=True)
+    check_jax(function, arrays(TRIANGLE))
+
+
+def test_jax_layer_norm_and_transition() -> None:
+    check_jax(jax_function("layer_norm"), norm_arrays((2, 129, 128), seed=0))
+    given = transition_arrays((2, 129, 128), 512, seed=0)
+    check_jax(jax_function("transition", residual=True), given)
+
+
+def test_jax_operations_add_no_copies() -> None:
+    """Around the kernels there are only matrix products and slices of small gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    function = jax_function("triangle_multiplication", outgoing=True, residual=True)
+    given = {k: jnp.asarray(x.numpy()).astype(jnp.bfloat16) for k, x in arrays(TRIANGLE).items()}
+    given |= {k: given[k].astype(jnp.float32) for k in ("pair_mask", "factor")}
+    seed = given.pop("seed")
+
+    def step(given):  # type: ignore[no-untyped-def]
+        output, backward = jax.vjp(lambda x: function("triton", **x), given)
+        return output, backward(seed)
+
+    text = jax.jit(step).lower(given).compile().as_text()
+    assert text.count("triton_kernel_call") >= 6
+    large = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in large]
+    assert all(size < 64 * 64 * 128 for size in sizes), large

@@ -1,0 +1,92 @@
+"""The JAX track's side of the kernels: what it launches, saves and returns as gradients.
+
+jax-triton needs a GPU, so here a launch goes through PyTorch's wrapper into Triton's interpreter.
+The kernels themselves are tested elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import tests.triton_interpreter  # noqa: F401
+from foldcore.kernels.launch import INTERPRETER, Launch
+from jaxfold import _rows, _triangle, ops
+from tests import test_kernels_rows, test_kernels_triangle
+from tests.test_kernels_triangle import Case
+from torchfold import _triton
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself")
+
+Arrays = dict[str, jax.Array]
+
+
+def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        outputs = _triton.call(launch, *(torch.from_numpy(np.array(x)) for x in arrays))
+        return tuple(x.numpy() for x in outputs)
+
+    shapes = tuple(jax.ShapeDtypeStruct(o.shape, np.dtype(o.dtype)) for o in launch.outputs)
+    return jax.pure_callback(run, shapes, *inputs)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (_rows, _triangle):
+        monkeypatch.setattr(module, "call", call)
+        monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
+
+
+def check(function: Callable[..., jax.Array], given: dict[str, torch.Tensor]) -> None:
+    """The kernels' result and gradients by all arrays but masks are the reference's."""
+    arrays = {name: jnp.asarray(x.numpy()) for name, x in given.items()}
+    grad = arrays.pop("seed")
+    constant = {name: arrays.pop(name) for name in ("pair_mask", "factor") if name in arrays}
+
+    def results(implementation: str) -> Any:
+        def run(arrays: Arrays) -> jax.Array:
+            return function(implementation, **arrays, **constant)
+
+        output, backward = jax.vjp(run, arrays)
+        return {"output": output, **backward(grad)[0]}
+
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(results, static_argnums=0)("reference")
+        kernels = jax.jit(results, static_argnums=0)("triton")
+    for name, found in kernels.items():
+        error = jnp.linalg.norm(found - expected[name]) / jnp.linalg.norm(expected[name])
+        assert error < 1e-4, name
+
+
+def test_layer_norm() -> None:
+    def run(implementation: str, x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+        return ops.layer_norm(x, scale, offset, implementation=implementation)
+
+    check(run, test_kernels_rows.norm_arrays((2, 5, 24), seed=0))
+
+
+def test_transition() -> None:
+    def run(implementation: str, **arrays: jax.Array) -> jax.Array:
+        return ops.transition(**arrays, residual=True, implementation=implementation)
+
+    check(run, test_kernels_rows.transition_arrays((2, 5, 24), 40, seed=0))
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+def test_triangle_multiplication(outgoing: bool) -> None:
+    def run(implementation: str, **given: jax.Array) -> jax.Array:
+        return ops.triangle_multiplication(
+            given["pair"],
+            given["pair_mask"],
+            given.get("factor"),
+            *(given[name] for name in ops.TriangleParameters._fields),
+            outgoing=outgoing,
+            residual=True,
+            implementation=implementation,
+        )
+
+    check(run, test_kernels_triangle.arrays(Case(5, c=24, h=16, batch=2, dropout=outgoing)))
