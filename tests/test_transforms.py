@@ -15,7 +15,7 @@ from foldcore.data.crop import choose_templates, crop_start, is_clamped
 from foldcore.data.labels import make_labels
 from foldcore.data.msa_features import deletion_value
 from foldcore.data.templates import stack_templates
-from foldcore.data.transforms import RawExample, collate, make_example
+from foldcore.data.transforms import RawExample, collate, empty_example, make_example
 from foldcore.features import FEATURES, dimensions, validate
 
 KEY = (7, 0, 3)
@@ -322,3 +322,14 @@ def test_raw_examples_are_left_as_they_are() -> None:
     make_example(raw, CONFIG, KEY)
     assert all(np.array_equal(getattr(raw, name), value) for name, value in before.items())
     assert isinstance(raw, RawExample)
+
+
+def test_an_earlier_example_may_be_written_over() -> None:
+    """Longer, shorter, deeper and shallower chains one after another, in one memory."""
+    config = replace(CONFIG, num_extra_msa=20)
+    shared = empty_example(config)
+    for index, (length, rows) in enumerate(((30, 90), (200, 8), (12, 3), (60, 60))):
+        raw = random_raw(length=length, rows=rows, templates=index)
+        shared = make_example(raw, config, (index,), out=shared)
+        fresh = make_example(raw, config, (index,))
+        assert same(fresh, shared) == fresh.keys()

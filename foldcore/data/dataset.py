@@ -28,6 +28,8 @@ from foldcore.data.transforms import RawExample
 from foldcore.errors import DataError
 
 CACHE_BYTES = 256 << 20  # of parsed structures, and as much of whole chains, in each process
+_CODES = np.full(256, constants.unknown_restype, np.int32)  # of each letter
+_CODES[[ord(letter) for letter in constants.restype_order]] = list(constants.restype_order.values())
 T = TypeVar("T")
 
 
@@ -290,8 +292,7 @@ def _confident(chain: Chain, min_plddt: float, path: str) -> Chain:
 
 
 def _aatype(sequence: str) -> Int32[np.ndarray, " r"]:
-    order, unknown = constants.restype_order, constants.unknown_restype
-    return np.array([order.get(letter, unknown) for letter in sequence], np.int32)
+    return _CODES[np.frombuffer(sequence.encode("latin-1", "replace"), np.uint8)]
 
 
 def _structure_bytes(structure: Structure) -> int:

@@ -41,8 +41,10 @@ def delete_blocks(
         return rows
     starts = rng.integers(1, num_rows, size=count)
     # A block that runs past the end is cut there, so late rows go more often, as published.
-    deleted = np.minimum(starts[:, None] + np.arange(block), num_rows - 1)
-    return np.delete(rows, deleted.ravel())
+    kept = np.ones(num_rows, bool)
+    for start in starts.tolist():
+        kept[start : start + block] = False
+    return rows[kept]
 
 
 def sample_rows(
@@ -179,7 +181,7 @@ def msa_feat(
     """
     features = np.zeros((*centres.shape, 49), np.float32) if out is None else out
     for row, letters in enumerate(centres):  # the cells of a row lie end to end, so this is a copy
-        np.take(_LETTERS, letters, axis=0, out=features[row], mode="clip")
+        _LETTERS.take(letters, axis=0, out=features[row], mode="clip")
     at = _nonzero(centre_deletions)
     features[..., 23][at] = 1
     features[..., 24][at] = deletion_value(centre_deletions[at])

@@ -81,8 +81,8 @@ def make_example(
 
     Evaluation (``training=False``) cuts the centre of the chain, takes the best templates and
     deletes no blocks; it samples and masks the alignment as training does, so a repeatable
-    evaluation passes the same key each time. ``out`` is an earlier result of the same sizes to be
-    written over: taking fresh memory costs as much time as filling it.
+    evaluation passes the same key each time. ``out`` is an earlier result of the same sizes, as it
+    was returned, to be written over: taking fresh memory costs as much time as filling it.
     """
 
     chance = Chance(rng_key)
@@ -97,8 +97,7 @@ def make_example(
     chosen = crop.choose_templates(candidates, config.num_templates, draw("templates"), training)
     example = empty_example(config) if out is None else out
     if out is not None:
-        for name in out.keys() - {"msa_feat"}:  # the largest is mostly written over anyway
-            out[name].fill(0)
+        _clear(out)
     single = {
         **sequence_features(raw, window),
         **structure_features(raw, window),
@@ -120,6 +119,23 @@ def empty_example(config: DataConfig) -> dict[str, np.ndarray]:
         for name, feature in FEATURES.items()
         if name not in ("example_id", "num_iter_recycling")
     }
+
+
+def _clear(example: Mapping[str, np.ndarray]) -> None:
+    """Back to zeros: of the MSA features what the example says it used, of the others all.
+
+    ``msa_feat`` is left to be written over.
+    """
+    length = int(example["seq_length"])
+    row_masks = ("msa_row_mask", "extra_msa_row_mask")  # they tell what was used: cleared last
+    for name in (*(example.keys() - {"msa_feat", *row_masks}), *row_masks):
+        array = example[name]
+        if array.ndim < 3 or "recycle" not in FEATURES[name].dims:
+            array.fill(0)
+            continue
+        mask = "extra_msa_row_mask" if name.startswith("extra") else "msa_row_mask"
+        for slot in range(RECYCLE_SLOTS):
+            array[slot, : np.count_nonzero(example[mask][slot]), :length] = 0
 
 
 def _sizes(feature: Feature, sizes: Mapping[str, int]) -> tuple[int, ...]:
