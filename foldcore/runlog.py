@@ -20,7 +20,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +118,12 @@ class RunLog:
             )
             self._task = self._progress.add_task("training", total=self._total, completed=step)
             self._progress.start()
+
+    def lacks(self, step: int, prefix: str) -> bool:
+        """Whether this run was at ``step`` but has no value of that prefix; any process may ask."""
+        rows = _whole_rows(self.folder / "metrics.jsonl")
+        names = [name for at, _, row in rows if at == step for name in row]
+        return step > 0 and not any(name.startswith(prefix) for name in names)
 
     def say(self, line: str) -> None:
         """Print one line, and keep it in ``run.log``."""
@@ -289,16 +295,18 @@ def _shown(values: Mapping[str, float]) -> str:
 
 def _truncate(path: Path, step: int) -> None:
     """Drop the rows after ``step``, and a last line that was cut short by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        _replace(path, "".join(line + "\n" for at, line, _ in _whole_rows(path) if at <= step))
+
+
+def _whole_rows(path: Path) -> Iterator[tuple[int, str, dict[str, float]]]:
+    """(step, line, row) of each line that is whole."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            row = json.loads(line)
+            yield int(row["step"]), line, row
         except (ValueError, KeyError, TypeError):
             continue
-    _replace(path, "".join(kept))
 
 
 def _replace(path: Path, text: str) -> None:

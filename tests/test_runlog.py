@@ -39,6 +39,20 @@ def test_a_row_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [10, 20, 30]
 
 
+def test_what_a_step_lacks_is_known_after_a_kill(tmp_path: Path) -> None:
+    assert RunLog(tmp_path, 100).lacks(10, "eval/")
+    run(tmp_path, 0, 30)
+    with RunLog(tmp_path, 100) as log:
+        log.begin(30, Config())
+        log.row(30, {"eval/lddt_ca": 0.5})
+    path = tmp_path / "metrics.jsonl"
+    for log in (RunLog(tmp_path, 100, enabled=False), RunLog(tmp_path, 100)):
+        assert [log.lacks(step, "eval/") for step in (0, 20, 30)] == [False, True, False]
+        assert not log.lacks(20, "loss/")
+    path.write_text(path.read_text()[:-9])
+    assert RunLog(tmp_path, 100, enabled=False).lacks(30, "eval/")
+
+
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
     run(tmp_path, 0, 60)
     run(tmp_path, 40, 80)

@@ -45,7 +45,9 @@ def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
 
 def rows(folder: Path, name: str) -> list[dict[str, float]]:
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines
+    ]
 
 
 def last(folder: Path, name: str) -> checkpoint.Checkpoint:
@@ -131,6 +133,32 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch, capsys) 
     one, two = last(tmp_path, "whole"), last(tmp_path, "parts")
     for name in one.tensors:
         np.testing.assert_array_equal(one.tensors[name], two.tensors[name], err_msg=name)
+
+
+def test_a_kill_while_evaluating_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    """Neither the step, which is saved before, nor the evaluation, which the next run makes."""
+
+    class Killed(BaseException):
+        pass
+
+    evaluate, met = torchfold.train.evaluate, set()
+
+    def die_once_a_step(predict: Any, state: Any, run: Any) -> dict[str, float]:
+        run.writer.wait()
+        if int(state.step) in met:
+            return evaluate(predict, state, run)
+        met.add(int(state.step))
+        raise Killed
+
+    steps = "train.steps=4", "train.eval_every=2", "train.save_every=2"
+    assert torchfold.train.main(arguments(tmp_path, "whole", *steps)) == 0
+    monkeypatch.setattr(torchfold.train, "evaluate", die_once_a_step)
+    for step in (2, 4):  # in the middle, and when all else is done
+        with pytest.raises(Killed):
+            torchfold.train.main(arguments(tmp_path, "parts", *steps))
+        assert last(tmp_path, "parts").step == step
+    assert torchfold.train.main(arguments(tmp_path, "parts", *steps)) == 0
+    assert rows(tmp_path, "parts") == rows(tmp_path, "whole")
 
 
 def test_non_finite_stops_the_run_and_keeps_the_batch(tmp_path: Path, capsys) -> None:

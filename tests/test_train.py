@@ -126,9 +126,11 @@ class Program:
         self._environment = {"TWINFOLD_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
 
     def start(
-        self, name: str, *overrides: str, devices: int = 1, **variables: str
+        self, name: str, *overrides: str, devices: int = 1, code: str = "", **variables: str
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "jaxfold.train", CONFIG]
+        """``code`` stands in for the program."""
+        program = ["-c", code] if code else ["-m", "jaxfold.train"]
+        command = [sys.executable, *program, CONFIG]
         command += [f"train.out={self.folder}", f"train.name={name}", *overrides]
         return subprocess.Popen(
             command,
@@ -140,8 +142,10 @@ class Program:
             start_new_session=True,
         )
 
-    def run(self, name: str, *overrides: str, devices: int = 1) -> tuple[int, str, str]:
-        process = self.start(name, *overrides, devices=devices)
+    def run(
+        self, name: str, *overrides: str, devices: int = 1, code: str = ""
+    ) -> tuple[int, str, str]:
+        process = self.start(name, *overrides, devices=devices, code=code)
         out, errors = process.communicate()
         return process.returncode, out, errors
 
@@ -232,6 +236,20 @@ def test_killed_again_and_again(program: Program, uninterrupted: str) -> None:
         assert interrupt(program, "killed_often", signal.SIGKILL, moment) == -signal.SIGKILL
     assert program.run("killed_often")[0] == 0
     assert_equal_runs(program, "killed_often", uninterrupted)
+
+
+@pytest.mark.slow  # the PyTorch track's test of the same lines is fast
+def test_a_kill_while_evaluating_loses_nothing(program: Program, uninterrupted: str) -> None:
+    """Neither the step, which is saved before, nor the evaluation, which the next run makes."""
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    die = f"lambda predict, state, run: (run.writer.wait(), {kill})"
+    code = f"import os, signal, sys\nfrom jaxfold import train\ntrain.evaluate = {die}\n"
+    code += "train.main(sys.argv[1:])"
+    assert program.run("killed_at_evaluation", code=code)[0] == -signal.SIGKILL
+    assert program.last("killed_at_evaluation").step == 30
+    status, _, errors = program.run("killed_at_evaluation")
+    assert status == 0, errors
+    assert_equal_runs(program, "killed_at_evaluation", uninterrupted)
 
 
 def test_a_changed_configuration_is_refused_in_one_line(

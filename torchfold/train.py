@@ -204,12 +204,14 @@ def resume(run: Run) -> tuple[TrainState, Window]:
 
 
 def run_steps(run: Run, state: TrainState, window: Window) -> bool:
-    """The loop: step, log, evaluate, save; whether it came to its end before a signal."""
+    """The loop: step, log, save, evaluate; whether it came to its end before a signal."""
     config, settings, log = run.config, run.config.train, run.log
     update = CompiledStep(partial(train_step, run.network, config), config, run.mesh, donate=True)
     predict = CompiledStep(partial(eval_step, run.network, config), config, run.mesh, donate=False)
     first = int(state.step) + 1
     state = distributed.replicate(run.mesh, state)
+    if due(first - 1, settings.steps, settings.eval_every) and log.lacks(first - 1, "eval/"):
+        log.row(first - 1, evaluate(predict, state, run))  # the run ended after saving
     batches = prefetch(run.loader, run.mesh)
     steps = range(first, settings.steps + 1)
     for step, (batch, position, waited) in zip(steps, batches, strict=False):
@@ -224,12 +226,12 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
             window.land(fetch, step)
         if is_due(settings.log_every):
             log.row(step, window.close(settings.batch_size) | run.loader.incidents.metrics())
-        if is_due(settings.eval_every) and not stopping:
-            log.row(step, evaluate(predict, state, run))
-            window.restart_clock()
         if is_due(settings.save_every) or stopping:
             whole = merge(distributed.exchange(position))
             save(run, state, {"loader": whole, "pending": window.pending})
+        if is_due(settings.eval_every) and not stopping:
+            log.row(step, evaluate(predict, state, run))
+            window.restart_clock()
         log.tick(step)
         if stopping:
             return False
