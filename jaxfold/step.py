@@ -49,7 +49,7 @@ def configure(config: Config) -> None:
     ops.use(config.model.implementation)
 
 
-def compiler_options(config: Config) -> dict[str, bool]:
+def _compiler_options(config: Config) -> dict[str, bool]:
     """XLA's options for this run's programs."""
     if not config.train.deterministic or jax.default_backend() != "gpu":
         return {}
@@ -147,7 +147,7 @@ class CompiledStep:
         self._jitted = jax.jit(
             over_mesh(function, mesh),
             donate_argnums=(0,) if donate else (),
-            compiler_options=compiler_options(config),
+            compiler_options=_compiler_options(config),
         )
         self._program: Any = None
         self._results: deque[Any] = deque()

@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         patch.chdir(ROOT)
         patch.setenv("TWINFOLD_CACHE", str(found.folder / "cache"))
         patch.setattr(jaxfold.train, "CompiledStep", SharedStep)
-        patch.setattr(jaxfold.step, "compiler_options", lambda config: FAST_COMPILE)
+        patch.setattr(jaxfold.step, "_compiler_options", lambda config: FAST_COMPILE)
         for track, other in (("jax", "torch"), ("torch", "jax")):
             found.train(track, track, HALF)
             found.branch(track, f"{track}_{other}")
