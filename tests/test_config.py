@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from foldcore.config import Config, ConfigError, dumps, load
+from jaxfold.step import Network
 
 CONFIGS = sorted(Path("configs").resolve().glob("*.toml")) or sorted(
     (Path(__file__).parent.parent / "configs").glob("*.toml")
@@ -78,3 +79,13 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing.toml"):
         load(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_models_are_of_the_size_that_is_promised(path: Path) -> None:
+    """In the README, in docs/results and in the files' own first lines."""
+    full = 93_229_082
+    sizes = {"demo": 696_234, "small": 3_361_618, "initial_training": full}
+    sizes |= {"finetuning": full, "initial_training_mlperf": full}
+    assert Network(load(path).model).layout.size == sizes[path.stem]
+    assert sizes["small"] <= 4_000_000
