@@ -5,7 +5,7 @@ padded to a power of two with zeros. A tile is [rows, channels] (AXIS 1, channel
 axis 1) or, where positions lie next to each other in memory, [channels, rows] (AXIS 0).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -39,15 +39,19 @@ _FLOAT32 = Tiles(32, 16, 4, 1)
 def choose(measured: dict[tuple[int, int], Tiles], c: int, dtype: str, architecture: int) -> Tiles:
     """The sizes for rows of ``c`` channels; ``measured`` is keyed by architecture and channels.
 
-    An architecture without a row of its own takes the one of the nearest older architecture.
+    An architecture without a row of its own takes those of the nearest older one, rows wider than
+    all measured ones get smaller tiles.
     """
     if architecture == INTERPRETER:
         return _TESTED
     if dtype != "bfloat16":
         return _FLOAT32
-    wide = block(c)
-    known = sorted(measured, key=lambda key: (key[0] <= architecture, key[1] >= wide, -key[1]))
-    return measured[known[-1]]
+    known = {a for a, _ in measured}
+    nearest = max((a for a in known if a <= architecture), default=min(known))
+    widths = sorted(width for a, width in measured if a == nearest)
+    width = next((w for w in widths if w >= block(c)), widths[-1])
+    tiles = measured[nearest, width]
+    return replace(tiles, rows=max(MIN_BLOCK, tiles.rows * width // max(width, block(c))))
 
 
 def block(c: int) -> int:
