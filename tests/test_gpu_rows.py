@@ -9,7 +9,13 @@ import torch
 
 from tests import kernel_checks
 from tests.test_kernels_jax import check as check_jax
-from tests.test_kernels_rows import layer_norm, norm_arrays, transition, transition_arrays
+from tests.test_kernels_rows import (
+    layer_norm,
+    norm_arrays,
+    poisoned,  # noqa: F401, a fixture
+    transition,
+    transition_arrays,
+)
 from tests.test_kernels_triangle import Case, arrays, check
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is here as well

@@ -33,7 +33,7 @@ class Tiles:
 # Without a measured row: the interpreter wants several small tiles, exact float32 products need
 # many registers.
 _TESTED = Tiles(64, 16, 4, 1)
-_FLOAT32 = Tiles(32, 16, 4, 1)
+_FLOAT32 = Tiles(32, 16, 8, 1)
 
 
 def choose(measured: dict[tuple[int, int], Tiles], c: int, dtype: str, architecture: int) -> Tiles:
