@@ -36,9 +36,11 @@ _SCALE = 1000.0  # decimals of a coordinate file: 1/1000 angstrom
 def encode(array: Shaped[np.ndarray, "..."], mask: np.ndarray | None = None) -> bytes:
     """Pack an array; ``mask`` is that of its leading axes outside of which it is zero."""
     array = np.ascontiguousarray(array)
-    if mask is not None and array.dtype == np.float32 and not array[mask == 0].any():
-        return _encode_masked(array, array[mask != 0])
-    if array.dtype == np.float32 and ((array == 0) | (array == 1)).all():
+    if array.dtype == np.float32:
+        bits = array.view(np.uint32)  # tells 0 from -0: exact is exact
+        if mask is not None and not bits[mask == 0].any():
+            return _encode_masked(array, array[mask != 0])
+    if array.dtype == np.float32 and ((bits == 0) | (array == 1)).all():
         return _blob(BITS, array, 1, array.size, np.packbits(array.astype(bool)).tobytes())
     if array.ndim == 1 and array.dtype.kind in "iu" and array.size:
         steps = np.diff(array.astype(np.int64), prepend=0).astype(array.dtype)  # wraps, and back
@@ -73,7 +75,7 @@ def _encode_masked(array: np.ndarray, values: np.ndarray) -> bytes:
     flat = values.reshape(len(values), -1) if values.size else values.reshape(0, 1)
     whole = np.rint(flat.astype(np.float64) * _SCALE)
     exact = np.isfinite(whole).all() and (np.abs(whole) < 2**31).all()
-    if not exact or ((whole / _SCALE).astype(np.float32) != flat).any():
+    if not exact or (whole / _SCALE + 0.0).astype(np.float32).tobytes() != flat.tobytes():
         return _blob(MASKED, array, 4, values.size, _planes(flat))
     steps = np.diff(whole.astype(np.int64), axis=0, prepend=0)
     narrow = not len(steps) or np.abs(steps[1:]).max(initial=0) < 2**15

@@ -64,6 +64,7 @@ class Dataset:
                 place = places[chain_id]
                 self.records[chain_id] = make_record(chain_id, place, info, caches, self.report)
         self.chains = tuple(self.records)
+        self.resolutions = {chain_id: infos[chain_id].resolution for chain_id in self.chains}
         self.report.accepted = len(self.chains)
         self.assigned_split = {c: s for c, s in caches.split.items() if c in self.records}
         if not self.chains:
@@ -75,6 +76,7 @@ class Dataset:
         state["_structures"] = _Cache[Structure](self._structures.maximum)
         state["_raws"] = _Cache[RawExample](self._raws.maximum)
         state["report"] = Report(self.layout.root)
+        state["resolutions"] = {}
         return state
 
     def _join(self) -> tuple[dict[str, Place], dict[str, ChainInfo], Caches]:

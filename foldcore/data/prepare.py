@@ -90,7 +90,7 @@ class _Preparation:
         self.inventory, self.fingerprint, self.settings = inventory, fingerprint, settings
         self.jobs = settings.jobs or available_cores()
         self.rejects = list(inventory.rejects)
-        self.caches = _read_tables(inventory, self.work)
+        self.caches = read_tables(inventory, self.work)
         self.effort: dict[str, float] = {"seconds": 0.0}  # of all processes together
 
     def run(self) -> None:
@@ -312,7 +312,7 @@ def _only_one(work: Path) -> Iterator[None]:
         yield
 
 
-def _read_tables(inventory: Inventory, work: Path) -> Caches:
+def read_tables(inventory: Inventory, work: Path) -> Caches:
     """The tables of all sources; where two say something of one chain, the first counts."""
     merged = Caches()
     for number, tables in reversed(list(enumerate(inventory.tables))):
