@@ -8,6 +8,7 @@ loader is faster than the trainer, the order is the plan's. See docs/loader.md.
 
 import logging
 import math
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -292,6 +293,8 @@ def open_loader(
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} cannot be divided over {world} ranks"
         )
+    if config.data.workers > (cores := os.cpu_count() or 1):
+        warn(f"data.workers={config.data.workers}, but there are {cores} cores: fewer do as well")
     dataset = Dataset(config.data.path, config.data)
     datasets, sources = [dataset], [dataset.source(split(dataset)[0])]
     if config.data.distillation_path:
