@@ -1,20 +1,31 @@
-"""How the PyTorch track runs a step: masks drawn together."""
+"""How the PyTorch track runs a step: masks drawn together, parts for graphs, no break, no wait."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from foldcore import dropout as definition
+from foldcore.config import Config, TrainConfig
 from tests import toy_model
 from tests.torch_twin import TORCH_THREADS
+from torchfold import distributed, train
+from torchfold._arrays import map_tree
+from torchfold._graphs import TwoParts
 from torchfold._masks import MaskPlan, Request
+from torchfold.losses import alphafold_loss
+from torchfold.model import RESAMPLED
+from torchfold.ops import UnsupportedOp
 from torchfold.primitives import DropoutKey
-from torchfold.step import Network
+from torchfold.step import CompiledStep, Network, configure, fetch, prefetch
+from torchfold.train import TrainState
 
 STEP = 7
 
@@ -32,9 +43,12 @@ def as_torch(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 def network_and_parameters(**changes: Any) -> tuple[Network, dict[str, torch.Tensor]]:
     """The toy network with parameters that make every part matter."""
     network = Network(replace(toy_model.CONFIG, **changes))
+    return network, network.unflatten(torch.from_numpy(flat_parameters(network)))
+
+
+def flat_parameters(network: Network) -> np.ndarray:
     shapes = {name: np.empty(shape) for name, shape, _ in network.layout}
-    flat = torch.from_numpy(network.layout.flatten(toy_model.random_parameters(shapes)))
-    return network, network.unflatten(flat)
+    return network.layout.flatten(toy_model.random_parameters(shapes))
 
 
 # Masks --------------------------------------------------------------------------------------------
@@ -43,9 +57,9 @@ def network_and_parameters(**changes: Any) -> tuple[Network, dict[str, torch.Ten
 def test_masks_drawn_together_are_those_of_the_definition() -> None:
     plan, ids = MaskPlan(), np.array([3, -2], np.int32)
     asked = [
-        Request("a/x", 0, (1, 5, 4), 0.15, 1),
-        Request("a/y", 0, (9,), 0.25, 1),
-        Request("t/x", 2, (6, 1), 0.15, 3),
+        Request("a/x", (1, 5, 4), 0.15, 1),
+        Request("a/y", (9,), 0.25, 1),
+        Request("t/x", (6, 1), 0.15, 3),
     ]
     owners = [("a", 0), ("a", 0), ("t", 2)]
     for owner, request in zip(owners, asked, strict=True):
@@ -59,7 +73,7 @@ def test_masks_drawn_together_are_those_of_the_definition() -> None:
             seed=5,
             step=STEP,
             example_id=ids,
-            block=request.block,
+            block=owner[1],
             recycling=1,
         )
         found = drawn.of(owner).get(request).numpy()
@@ -80,3 +94,174 @@ def test_a_network_draws_the_masks_of_its_model(seed: int) -> None:
             for name, value in one_by_one.items():
                 assert torch.equal(together[name], value), name
     assert not torch.equal(without["msa"], one_by_one["msa"])
+
+
+# The step in two parts ----------------------------------------------------------------------------
+
+Step = Any
+
+
+def step_and_state(config: Config, device: str = "cpu") -> tuple[Step, TrainState]:
+    """A training step of the toy network, and its state."""
+    distributed.initialize()
+    mesh = distributed.make_mesh(config.train.batch_size)
+    network = Network(config.model)
+    step = distributed.over_mesh(partial(train.train_step, network, config), mesh)
+    params = flat_parameters(network)
+    zeros = np.zeros_like(params)
+    start = TrainState(params, zeros, zeros, params, np.zeros((), np.int32))
+    return step, map_tree(lambda array: torch.tensor(array, device=device), start)
+
+
+def toy_config(**changes: Any) -> Config:
+    return Config(model=replace(toy_model.CONFIG, **changes))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@torch.no_grad()
+def test_the_two_parts_make_the_step(recompute: str) -> None:
+    config = toy_config(recompute=recompute)
+    step, whole = step_and_state(config)
+    _, parted = step_and_state(config)
+    two: TwoParts | None = None
+    for seed, recycling in enumerate((2, 0)):  # two examples each
+        batch = as_torch(toy_model.random_batch(seed, recycling))
+        updated, expected = step(whole, batch)
+        map_tree(lambda old, new: old.copy_(new), whole, updated)
+        if two is None:
+            two = TwoParts(step, Network(config.model)._next_pass, config, parted, batch)
+        two.load(batch)
+        for _ in range(recycling):
+            two.one_pass(parted)
+        found = two.finish(parted)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+        for name, one, other in zip(TrainState._fields, whole, parted, strict=True):
+            assert torch.equal(one, other), name
+        assert found["recycling"] == recycling and parted.step == seed + 1
+
+
+class NoTransfers(TorchDispatchMode):
+    """Refuses operations between the host and the device, which is ``meta`` here."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves, _ = tree_flatten((args, kwargs, result))
+        devices = {x.device.type for x in leaves if isinstance(x, torch.Tensor)}
+        assert len(devices) < 2, function
+        return result
+
+
+ONE_BLOCK = dict(evoformer_blocks=1, extra_msa_blocks=1, template_blocks=1, structure_iterations=1)
+
+
+@torch.no_grad()
+def test_a_step_exchanges_nothing_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tensor(data: Any, dtype: Any = None, device: Any = "cpu") -> torch.Tensor:
+        assert torch.device(device).type == "cpu", data  # its copy to the device is not dispatched
+        return make_tensor(data, dtype=dtype)
+
+    config = replace(toy_config(recompute="block", **ONE_BLOCK), train=TrainConfig(batch_size=1))
+    step, state = step_and_state(config, "meta")  # whose values nobody can read
+    batch = {k: x[:1].to("meta") for k, x in as_torch(toy_model.random_batch()).items()}
+    two = TwoParts(step, Network(config.model)._next_pass, config, state, batch)
+    two.one_pass(state)
+    two.finish(state)  # tables of constants are on the device now
+    make_tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", tensor)
+    with NoTransfers():
+        two.load(batch)
+        two.one_pass(state)
+        two.finish(state)
+        for transfer in (
+            lambda: torch.zeros(2, device="meta") + torch.zeros(()),
+            lambda: torch.zeros(2).to("meta"),
+            lambda: torch.tensor(1.0, device="meta"),
+        ):
+            with pytest.raises(AssertionError):
+                transfer()
+
+
+@pytest.mark.parametrize(
+    "templates_enabled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "whole"]
+)
+def test_the_compiler_sees_one_graph(templates_enabled: bool) -> None:
+    network, params = network_and_parameters(
+        **ONE_BLOCK, templates_enabled=templates_enabled, pae_enabled=templates_enabled
+    )
+    config = Config().loss
+    step = torch.tensor(STEP)
+    batch = as_torch(toy_model.random_batch())
+    key = DropoutKey(0, step, batch["example_id"])
+    before = network._next_pass(
+        torch.from_numpy(flat_parameters(network)), batch, None, None
+    )._asdict()
+    slot = {name: x[:, :1] if name in RESAMPLED else x for name, x in batch.items()}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return alphafold_loss(network(params, batch, key), batch, config)
+
+    with torch.no_grad():
+        loss(params, {**slot, **before})  # the rehearsal of the masks
+        found = torch._dynamo.explain(loss)(params, {**slot, **before})
+    assert found.graph_break_count == 0, found.break_reasons
+    assert found.graph_count == 1
+    assert found.op_count > 500
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+def run_on_gpu(config: Config, batches: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+    """Metrics and state after each batch."""
+    configure(config)
+    distributed.initialize()
+    mesh = distributed.make_mesh(config.train.batch_size)
+    network = Network(config.model)
+    step = CompiledStep(partial(train.train_step, network, config), config, mesh, donate=True)
+    params = flat_parameters(network)
+    zeros = np.zeros_like(params)
+    start = TrainState(params, zeros, zeros, params, np.zeros((), np.int32))
+    state, found = distributed.replicate(mesh, start), []
+    for batch, _, _ in prefetch(((batch, None) for batch in batches), mesh):
+        state, metrics = step(state, batch)
+        found.append(fetch({**metrics, **state._asdict()}))
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_graphs_make_the_step(recompute: str, compiled: str) -> None:
+    config = toy_config(recompute=recompute, matmul_precision="ieee")
+    batches = [toy_model.random_batch(seed, passes) for seed, passes in enumerate((1, 3, 0, 2))]
+    batches[2]["all_atom_positions"][:] = np.nan  # this update is left out
+    eager, graphed = (
+        run_on_gpu(replace(config, train=replace(config.train, **changes)), batches)
+        for changes in (
+            {"cuda_graphs": False, "compile": "none"},
+            {"cuda_graphs": True, "compile": compiled},
+        )
+    )
+    assert [int(one["step"]) for one in graphed] == [1, 2, 2, 3]
+    for index, (one, two) in enumerate(zip(eager, graphed, strict=True)):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            largest = np.nanmax(np.abs(value), initial=1e-6)
+            # float32 rounding, amplified by Adam, which turns tiny gradients into whole steps
+            np.testing.assert_allclose(
+                two[name], value, rtol=0, atol=1e-3 * largest, err_msg=f"{name} {index}"
+            )
+
+
+@pytest.mark.gpu
+def test_an_operation_that_waits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(*arguments: Any) -> Any:
+        total, logged = train_loss(*arguments)
+        return total * float(total.detach() > 0), logged
+
+    train_loss = train.loss_fn
+    monkeypatch.setattr(train, "loss_fn", waiting)
+    with pytest.raises(UnsupportedOp, match=r"test_torch_step.py:\d+: .*float\(total"):
+        run_on_gpu(toy_config(), [toy_model.random_batch()])

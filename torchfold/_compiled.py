@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+VERSIONS = 64
 _enabled = False
 
 
@@ -18,6 +19,10 @@ def enable(on: bool) -> None:
     """Compile from now on, or no longer."""
     global _enabled
     _enabled = on
+    if on:  # a block has a version for each of its uses: with or without gradient, dropout, ...
+        import torch._dynamo  # slow to import, and only needed here
+
+        torch._dynamo.config.recompile_limit = VERSIONS
 
 
 def piece(function: Function) -> Function:
@@ -29,6 +34,7 @@ def piece(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        return (compiled() if _enabled else function)(*arguments, **named)
+        alone = _enabled and not torch.compiler.is_compiling()  # not inside another piece
+        return (compiled() if alone else function)(*arguments, **named)
 
     return run  # type: ignore[return-value]

@@ -174,10 +174,11 @@ def _release() -> None:
 
 
 def _refused(what: str, error: RuntimeError) -> UnsupportedOp:
-    """The error that names the operation at fault: the innermost line of this package."""
-    ours = str(Path(__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(ours)]
-    place = next((f for f in reversed(frames) if f.filename != __file__), None)
+    """The error that names the operation at fault: the innermost line outside PyTorch."""
+    library = str(Path(torch.__file__).parent)
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    ours = (f for f in frames if not f.filename.startswith((library, __file__)))
+    place = next(ours, None)
     where = f"{Path(place.filename).name}:{place.lineno}: {place.line}" if place else "in backward"
     return UnsupportedOp(
         f"{what} cannot be captured as a CUDA graph: {where}: {str(error).splitlines()[0]} "

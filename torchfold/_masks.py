@@ -63,7 +63,6 @@ class Request(NamedTuple):
     """One mask: ``shape`` is that of one example, which stands ``repeat`` times in the batch."""
 
     path: str
-    block: int
     shape: tuple[int, ...]
     rate: float
     repeat: int
@@ -127,7 +126,8 @@ class MaskPlan:
         """Hashes of the paths and numbers of the blocks, [requests, 1]."""
         if device not in self._constants:
             hashes = [signed(definition.path_hash(request.path)) for request in self._all()]
-            words = ([[h] for h in hashes], [[request.block] for request in self._all()])
+            owners = [owner for group in self._requests.values() for owner, _ in group]
+            words = ([[h] for h in hashes], [[block] for _, block in owners])
             paths, blocks = (torch.tensor(w, dtype=torch.int32, device=device) for w in words)
             self._constants[device] = paths, blocks
         return self._constants[device]

@@ -80,7 +80,7 @@ def make_mesh(batch_size: int, dap: int = 1) -> DeviceMesh:
 
 def replicas(mesh: DeviceMesh) -> int:
     """How many examples the devices work on at once."""
-    return mesh[DATA].size()
+    return mesh.size(0)
 
 
 def replicate(mesh: DeviceMesh, tree: Tree) -> Tree:
@@ -183,7 +183,7 @@ def gather_over_data(tree: Tree) -> Tree:
 def _data_axis() -> tuple[dist.ProcessGroup, int]:
     if _mesh is None:
         raise RuntimeError("collectives work inside a function given to over_mesh only")
-    return _mesh.get_group(DATA), _mesh[DATA].size()
+    return _mesh.get_group(DATA), replicas(_mesh)
 
 
 def agree_to_stop(requested: bool, step: int, every: int) -> bool:

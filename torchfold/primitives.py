@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
@@ -93,6 +94,27 @@ class Attention(nn.Module):
             gathered = gathered * torch.sigmoid(gate)
         return torch.einsum("bgqhd,hdo->bgqo", gathered, self.output_w) + self.output_b
 
+    def within(
+        self,
+        x: Float[Tensor, "b s r c"],
+        mask: Float[Tensor, "b s r"],
+        bias: Float[Tensor, "b h n n"] | None = None,
+        axis: int = 2,
+    ) -> Float[Tensor, "b s r c_out"]:
+        """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
+
+        One product makes what ``ops.gated_attention`` reads of a position.
+        """
+        weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
+        none = torch.zeros_like(self.gating_b)
+        packed = torch.stack(weights, dim=1)
+        offsets = torch.stack([none, self.gating_b, none, none])
+        projected = F.linear(x, packed.flatten(1).T, offsets.flatten())
+        projected = projected.unflatten(-1, offsets.shape)
+        c_hidden = self.query_w.shape[-1]
+        gathered = ops.gated_attention(projected, mask, bias, axis=axis, scale=c_hidden**-0.5)
+        return F.linear(gathered.flatten(3), self.output_w.flatten(0, 1).T, self.output_b)
+
 
 class GlobalAttention(nn.Module):
     """Attention whose query is the mean of a group, with one shared key head (Suppl. Alg. 19)."""
@@ -108,24 +130,28 @@ class GlobalAttention(nn.Module):
         self.output_b = parameter((c,), "zeros")
 
     def forward(
-        self, x: Float[Tensor, "b g k c"], mask: Float[Tensor, "b g k"]
-    ) -> Float[Tensor, "b g k c"]:
+        self, x: Float[Tensor, "b s r c"], mask: Float[Tensor, "b s r"], axis: int = 2
+    ) -> Float[Tensor, "b s r c"]:
+        """Along the rows (axis 2) or the columns (axis 1) of a table."""
         c_hidden = self.query_w.shape[-1]
-        mean = _masked_mean(x, mask)
+        mean = _masked_mean(x, mask, axis)
         query = torch.einsum("bgc,chd->bghd", mean, self.query_w) * c_hidden**-0.5
-        gathered = ops.global_attention(query, x @ self.key_w, x @ self.value_w, mask)
-        gate = torch.einsum("bgkc,chd->bgkhd", x, self.gating_w) + self.gating_b
-        gathered = gathered[:, :, None] * torch.sigmoid(gate)
-        return torch.einsum("bgkhd,hdo->bgko", gathered, self.output_w) + self.output_b
+        key, value = x @ self.key_w, x @ self.value_w
+        if axis == 1:
+            key, value, mask = (array.transpose(1, 2) for array in (key, value, mask))
+        gathered = ops.global_attention(query, key, value, mask)
+        gate = torch.einsum("bsrc,chd->bsrhd", x, self.gating_w) + self.gating_b
+        gathered = gathered.unsqueeze(axis) * torch.sigmoid(gate)
+        return torch.einsum("bsrhd,hdo->bsro", gathered, self.output_w) + self.output_b
 
 
 def _masked_mean(
-    x: Float[Tensor, "b g k c"], mask: Float[Tensor, "b g k"]
+    x: Float[Tensor, "b s r c"], mask: Float[Tensor, "b s r"], axis: int
 ) -> Float[Tensor, "b g c"]:
     wide = ops.at_least_float32(x.dtype)
     weights = mask.to(wide)[..., None]
-    total = torch.sum(x.to(wide) * weights, dim=-2)
-    return (total / (torch.sum(weights, dim=-2) + MASKED_MEAN_EPS)).to(x.dtype)
+    total = torch.sum(x.to(wide) * weights, dim=axis)
+    return (total / (torch.sum(weights, dim=axis) + MASKED_MEAN_EPS)).to(x.dtype)
 
 
 class Transition(nn.Module):
@@ -235,7 +261,7 @@ def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -
     """Which elements of a mask of ``shape`` (batch axis first) are kept."""
     path = f"{key.scope}/{name}"
     if key._masks is not None:
-        return key._masks.get(Request(path, int(key.block), shape[1:], rate, key._repeat))
+        return key._masks.get(Request(path, shape[1:], rate, key._repeat))
     device = key.example_id.device
     words = (_path_hash(path), key.example_id), (key.block, key.recycling)
     stream, _ = _threefry(*words, device)
