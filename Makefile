@@ -1,6 +1,7 @@
 # Everything a user runs. `make help` lists it.
 
 CONFIG ?= configs/demo.toml
+SOURCE ?= embedded
 ARGS ?=
 NPROC ?= 1
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -25,7 +26,7 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup train-jax train-torch test test-slow test-gpu bench-kernels bench-loader lint format oracle clean
+.PHONY: help setup prepare doctor train-jax train-torch test test-slow test-gpu bench-kernels bench-loader lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -51,6 +52,12 @@ $(VENV)/.oracle: $(VENV)/.dev
 	@touch $@
 
 oracle: $(VENV)/.oracle  ## install DeepMind's published code, which the tests compare with
+
+prepare: setup  ## pack SOURCE (folders or URLs) into STORE, which trains faster
+	@$(BIN)/python -m foldcore.data.prepare $(SOURCE) --out $(or $(STORE),$(error set STORE, the folder to write)) $(ARGS)
+
+doctor: setup  ## explain a data set: SOURCE or STORE; ARGS="--gpus 8 --html report.html"
+	@$(BIN)/python -m foldcore.data.doctor $(or $(STORE),$(SOURCE)) $(ARGS)
 
 train-jax: setup  ## train CONFIG (the demo by default) in JAX; ARGS="train.steps=10"
 	@$(BIN)/python -m jaxfold.train $(CONFIG) $(ARGS)

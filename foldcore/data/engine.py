@@ -71,7 +71,8 @@ def _connect(engine: str, address: str | None) -> Callable[[], Any]:
     if engine == "dask":
         from distributed import Client
 
-        client = Client(address) if address else Client(threads_per_worker=1)
+        here = {"threads_per_worker": 1, "dashboard_address": None}
+        client = Client(address) if address else Client(**here)
         return client.close
     import ray
     from ray.util.joblib import register_ray
