@@ -46,7 +46,7 @@ class MSARowAttentionWithPairBias(nnx.Module):
     ) -> Float[Array, "b s r c_m"]:
         x = self.query_norm(msa)
         bias = jnp.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights[...])
-        return self.attention(x, x, msa_mask, bias)
+        return self.attention.within(x, msa_mask, bias)
 
 
 class MSAColumnAttention(nnx.Module):
@@ -59,8 +59,7 @@ class MSAColumnAttention(nnx.Module):
     def __call__(
         self, msa: Float[Array, "b s r c_m"], msa_mask: Float[Array, "b s r"]
     ) -> Float[Array, "b s r c_m"]:
-        x = self.query_norm(msa.swapaxes(1, 2))
-        return self.attention(x, x, msa_mask.swapaxes(1, 2)).swapaxes(1, 2)
+        return self.attention.within(self.query_norm(msa), msa_mask, axis=1)
 
 
 class MSAColumnGlobalAttention(nnx.Module):
@@ -73,8 +72,7 @@ class MSAColumnGlobalAttention(nnx.Module):
     def __call__(
         self, msa: Float[Array, "b s r c_m"], msa_mask: Float[Array, "b s r"]
     ) -> Float[Array, "b s r c_m"]:
-        x = self.query_norm(msa.swapaxes(1, 2))
-        return self.attention(x, msa_mask.swapaxes(1, 2)).swapaxes(1, 2)
+        return self.attention(self.query_norm(msa), msa_mask, axis=1)
 
 
 class OuterProductMean(nnx.Module):

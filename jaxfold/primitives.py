@@ -7,6 +7,7 @@ Legend: g groups that attend independently, q queries, k keys, h heads, d head w
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +87,26 @@ class Attention(nnx.Module):
             gathered = gathered * jax.nn.sigmoid(gate)
         return jnp.einsum("bgqhd,hdo->bgqo", gathered, self.output_w[...]) + self.output_b[...]
 
+    def within(
+        self,
+        x: Float[Array, "b s r c"],
+        mask: Float[Array, "b s r"],
+        bias: Float[Array, "b h n n"] | None = None,
+        axis: int = 2,
+    ) -> Float[Array, "b s r c_out"]:
+        """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
+
+        One product makes what ``ops.gated_attention`` reads of a position.
+        """
+        weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
+        none = jnp.zeros_like(self.gating_b[...])
+        packed = jnp.stack([w[...] for w in weights], axis=1)
+        offsets = jnp.stack([none, self.gating_b[...], none, none])
+        projected = _linear(x, packed, offsets)
+        c_hidden = self.query_w.shape[-1]
+        gathered = ops.gated_attention(projected, mask, bias, axis=axis, scale=c_hidden**-0.5)
+        return _linear(gathered, self.output_w[...], self.output_b[...])
+
 
 class GlobalAttention(nnx.Module):
     """Attention whose query is the mean of a group, with one shared key head (Suppl. Alg. 19)."""
@@ -100,15 +121,27 @@ class GlobalAttention(nnx.Module):
         self.output_b = parameter((c,), "zeros")
 
     def __call__(
-        self, x: Float[Array, "b g k c"], mask: Float[Array, "b g k"]
-    ) -> Float[Array, "b g k c"]:
+        self, x: Float[Array, "b s r c"], mask: Float[Array, "b s r"], axis: int = 2
+    ) -> Float[Array, "b s r c"]:
+        """Along the rows (axis 2) or the columns (axis 1) of a table."""
         c_hidden = self.query_w.shape[-1]
-        mean = _masked_mean(x, mask)
+        mean = _masked_mean(x, mask, axis)
         query = _scale(jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]), c_hidden**-0.5)
-        gathered = ops.global_attention(query, x @ self.key_w[...], x @ self.value_w[...], mask)
-        gate = jnp.einsum("bgkc,chd->bgkhd", x, self.gating_w[...]) + self.gating_b[...]
-        gathered = gathered[:, :, None] * jax.nn.sigmoid(gate)
-        return jnp.einsum("bgkhd,hdo->bgko", gathered, self.output_w[...]) + self.output_b[...]
+        key, value = x @ self.key_w[...], x @ self.value_w[...]
+        if axis == 1:
+            key, value, mask = (jnp.swapaxes(array, 1, 2) for array in (key, value, mask))
+        gathered = ops.global_attention(query, key, value, mask)
+        gate = jnp.einsum("bsrc,chd->bsrhd", x, self.gating_w[...]) + self.gating_b[...]
+        gathered = jnp.expand_dims(gathered, axis) * jax.nn.sigmoid(gate)
+        return jnp.einsum("bsrhd,hdo->bsro", gathered, self.output_w[...]) + self.output_b[...]
+
+
+def _linear(x: Array, weights: Array, bias: Array) -> Array:
+    """Sum over the axes of the weights that the bias lacks, as one product of two matrices."""
+    summed = weights.ndim - bias.ndim
+    rows, inner = x.shape[: x.ndim - summed], math.prod(weights.shape[:summed])
+    product = x.reshape(*rows, inner) @ weights.reshape(inner, -1) + bias.ravel()
+    return product.reshape(*rows, *bias.shape)
 
 
 def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
@@ -116,11 +149,13 @@ def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
     return (x.astype(ops.at_least_float32(x.dtype)) * factor).astype(x.dtype)
 
 
-def _masked_mean(x: Float[Array, "b g k c"], mask: Float[Array, "b g k"]) -> Float[Array, "b g c"]:
+def _masked_mean(
+    x: Float[Array, "b s r c"], mask: Float[Array, "b s r"], axis: int
+) -> Float[Array, "b g c"]:
     wide = ops.at_least_float32(x.dtype)
     weights = mask.astype(wide)[..., None]
-    total = jnp.sum(x.astype(wide) * weights, axis=-2)
-    return (total / (jnp.sum(weights, axis=-2) + MASKED_MEAN_EPS)).astype(x.dtype)
+    total = jnp.sum(x.astype(wide) * weights, axis=axis)
+    return (total / (jnp.sum(weights, axis=axis) + MASKED_MEAN_EPS)).astype(x.dtype)
 
 
 class Transition(nnx.Module):

@@ -81,12 +81,11 @@ class TriangleAttention(nnx.Module):
     def __call__(
         self, pair: Float[Array, "b i j c_z"], pair_mask: Float[Array, "b i j"]
     ) -> Float[Array, "b i j c_z"]:
-        if not self.starting:
-            pair, pair_mask = pair.swapaxes(1, 2), pair_mask.swapaxes(1, 2)
         x = self.query_norm(pair)
-        bias = jnp.einsum("bqkc,ch->bhqk", x, self.feat_2d_weights[...])
-        update = self.attention(x, x, pair_mask, bias)
-        return update if self.starting else update.swapaxes(1, 2)
+        # among edges that end at a residue, query and key are where they start: the columns
+        equation, axis = ("bqkc,ch->bhqk", 2) if self.starting else ("bkqc,ch->bhqk", 1)
+        bias = jnp.einsum(equation, x, self.feat_2d_weights[...])
+        return self.attention.within(x, pair_mask, bias, axis)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):

@@ -48,7 +48,7 @@ class MSARowAttentionWithPairBias(nn.Module):
     ) -> Float[Tensor, "b s r c_m"]:
         x = self.query_norm(msa)
         bias = torch.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights)
-        return self.attention(x, x, msa_mask, bias)
+        return self.attention.within(x, msa_mask, bias)
 
 
 class MSAColumnAttention(nn.Module):
@@ -62,8 +62,7 @@ class MSAColumnAttention(nn.Module):
     def forward(
         self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
     ) -> Float[Tensor, "b s r c_m"]:
-        x = self.query_norm(msa.transpose(1, 2))
-        return self.attention(x, x, msa_mask.transpose(1, 2)).transpose(1, 2)
+        return self.attention.within(self.query_norm(msa), msa_mask, axis=1)
 
 
 class MSAColumnGlobalAttention(nn.Module):
@@ -77,8 +76,7 @@ class MSAColumnGlobalAttention(nn.Module):
     def forward(
         self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
     ) -> Float[Tensor, "b s r c_m"]:
-        x = self.query_norm(msa.transpose(1, 2))
-        return self.attention(x, msa_mask.transpose(1, 2)).transpose(1, 2)
+        return self.attention(self.query_norm(msa), msa_mask, axis=1)
 
 
 class OuterProductMean(nn.Module):

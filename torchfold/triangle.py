@@ -83,12 +83,11 @@ class TriangleAttention(nn.Module):
     def forward(
         self, pair: Float[Tensor, "b i j c_z"], pair_mask: Float[Tensor, "b i j"]
     ) -> Float[Tensor, "b i j c_z"]:
-        if not self.starting:
-            pair, pair_mask = pair.transpose(1, 2), pair_mask.transpose(1, 2)
         x = self.query_norm(pair)
-        bias = torch.einsum("bqkc,ch->bhqk", x, self.feat_2d_weights)
-        update = self.attention(x, x, pair_mask, bias)
-        return update if self.starting else update.transpose(1, 2)
+        # among edges that end at a residue, query and key are where they start: the columns
+        equation, axis = ("bqkc,ch->bhqk", 2) if self.starting else ("bkqc,ch->bhqk", 1)
+        bias = torch.einsum(equation, x, self.feat_2d_weights)
+        return self.attention.within(x, pair_mask, bias, axis)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):
