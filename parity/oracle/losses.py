@@ -1,11 +1,5 @@
-"""Every loss term in both codes: its value and its gradient by everything the network predicts.
+"""DeepMind's side of ``parity.loss_cases``: every loss term, and its gradients."""
 
-    python -m parity.oracle.losses float64 table.json
-
-The predictions are random numbers near the true structure, each independent of the others.
-"""
-
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from foldcore import constants
-from jaxfold.losses import alphafold_loss
-from jaxfold.rigid import quaternion_to_rotation
-from jaxfold.structure_losses import rename_symmetric_ground_truth_atoms
-from parity.oracle import compare, example, ours, published
-from parity.oracle.compare import Comparison
+from parity import example
+from parity.case import Run
+from parity.loss_cases import PREDICTED, WITH_ITERATIONS, table
+from parity.oracle import published
 from parity.oracle.published import folding, modules, r3
+from parity.tracks import Arrays
 
-Arrays = dict[str, np.ndarray]
 Tree = Mapping[str, Any]
 
 HEADS = {
@@ -32,86 +24,33 @@ HEADS = {
     "predicted_lddt": modules.PredictedLDDTHead,
     "predicted_aligned_error": modules.PredictedAlignedErrorHead,
 }
-_WITH_ITERATIONS = ("traj", "angles", "unnormalized_angles")
 
 
-def main(precision: str, path: str) -> None:
-    """Compare in one precision and write the table."""
-    batches = [example.make_batch(seed) for seed in (0, 1)]
-    batches[1] |= {"resolution": np.zeros(1, np.float32)}  # unknown: no confidence losses
-    batches[1] |= {"use_clamped_fape": np.ones(1, np.float32)}
-    outputs = [predictions(batch, seed) for seed, batch in enumerate(batches)]
-    broken = [mutate(batch, each) for batch, each in zip(batches, outputs, strict=True)]
-    jax.config.update("jax_enable_x64", precision == "float64")
+def run() -> Run:
+    """DeepMind's terms of the examples of a batch, one after another, in float64."""
+    program = jax.jit(jax.jacrev(published_terms, has_aux=True))
 
-    oracle = Oracle(batches, precision)
-    results = [oracle(outputs), our_terms(batches, outputs, precision)]
-    results += [our_terms(batches, broken, precision)]
-    perturbed = []
-    if precision == "float32":
-        for seed in range(compare.PERTURBED_RUNS):
-            perturbed.append(oracle([compare.perturb(each, seed) for each in outputs]))
-    compare.write(path, tabulate(*results, perturbed))
+    def examples_in_turn(parameters: Arrays, inputs: Arrays) -> Arrays:
+        batch = {name: x for name, x in inputs.items() if not name.startswith(PREDICTED)}
+        results = []
+        for index in range(len(batch["aatype"])):
+            outputs = {
+                name.removeprefix(PREDICTED): np.take(
+                    x, index, axis=int(name.removeprefix(PREDICTED) in WITH_ITERATIONS)
+                )
+                for name, x in inputs.items()
+                if name.startswith(PREDICTED)
+            }
+            features = example.one_pass(batch, index)
+            results.append(program(*(published.cast(x, "float64") for x in (outputs, features))))
+        gradients, values = jax.tree.map(lambda *each: np.stack(each), *results)
+        for by_input in gradients.values():
+            for name in WITH_ITERATIONS:
+                by_input[name] = np.moveaxis(by_input[name], 0, 1)
+        renamed = values.pop("alt_naming_is_better")
+        return table(values, renamed, gradients)
 
-
-def predictions(batch: example.Arrays, seed: int) -> Arrays:
-    """What a network would predict for one example: the truth, and noise."""
-    random = np.random.default_rng([seed, 1])
-    length, rows = batch["aatype"].shape[1], batch["msa_mask"].shape[2]
-
-    def noise(*shape: int) -> np.ndarray:
-        return random.standard_normal(shape)
-
-    quaternion = batch["backbone_affine_tensor"][0, :, :4] + 0.2 * noise(2, length, 4)
-    quaternion /= np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    translation = batch["backbone_affine_tensor"][0, :, 4:] + 3 * noise(2, length, 3)
-    raw = noise(2, length, 7, 2)
-    frames = batch["rigidgroups_gt_frames"][0] + 0.3 * noise(length, 8, 12)
-    atom14 = batch["atom14_gt_positions"][0] + noise(length, 14, 3)
-    aligned_error = noise(length, length, 64)
-    aligned_error[..., 1] = aligned_error[..., 0]  # see network.make_params
-    arrays = {
-        "traj": np.concatenate([quaternion, translation], axis=-1),
-        "angles": raw / np.linalg.norm(raw, axis=-1, keepdims=True),
-        "unnormalized_angles": raw,
-        "sidechain_frames_rotation": frames[..., :9].reshape(length, 8, 3, 3),
-        "sidechain_frames_translation": frames[..., 9:],
-        "final_atom14_positions": atom14,
-        "final_atom37_positions": batch["all_atom_positions"][0] + noise(length, 37, 3),
-        "distogram_logits": noise(length, length, 64),
-        "masked_msa_logits": noise(rows, length, 23),
-        "experimentally_resolved_logits": noise(length, 37),
-        "plddt_logits": noise(length, 50),
-        "aligned_error_logits": aligned_error,
-    }
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
-def mutate(batch: example.Arrays, outputs: Arrays) -> Arrays:
-    """Other predictions: a little noise, and the other names for all symmetric atoms."""
-    random = np.random.default_rng(2)
-    mutated = {n: x + 0.01 * random.standard_normal(x.shape) for n, x in outputs.items()}
-    partner = constants.restype_atom14_renaming[batch["aatype"][0]]
-    atom14 = mutated["final_atom14_positions"]
-    mutated["final_atom14_positions"] = np.take_along_axis(atom14, partner[..., None], axis=1)
-    return {name: array.astype(np.float32) for name, array in mutated.items()}
-
-
-class Oracle:
-    """DeepMind's terms of several examples, one after another."""
-
-    def __init__(self, batches: list[example.Arrays], precision: str):
-        self.precision = precision
-        self.batches = [published.cast(example.one_pass(batch), precision) for batch in batches]
-        self.gradients = jax.jit(jax.jacrev(published_terms, has_aux=True))
-
-    def __call__(self, outputs: list[Arrays]) -> Arrays:
-        """Values and gradients by name, a leading axis counting the examples."""
-        tables = []
-        for batch, arrays in zip(self.batches, outputs, strict=True):
-            gradients, values = self.gradients(published.cast(arrays, self.precision), batch)
-            tables.append(_table(values, gradients))
-        return {name: np.stack([table[name] for table in tables]) for name in tables[0]}
+    return examples_in_turn
 
 
 def published_terms(outputs: Tree, batch: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -185,59 +124,3 @@ def as_returned(outputs: Tree, batch: Tree) -> dict[str, Any]:
         "predicted_aligned_error": head("aligned_error")
         | {"breaks": jnp.linspace(0.0, 31.0, 63, dtype=dtype)},
     }
-
-
-def our_terms(batches: list[example.Arrays], outputs: list[Arrays], precision: str) -> Arrays:
-    """Our terms of the same examples, in one batch."""
-    whole = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
-    batch = published.cast(whole, precision)
-    stacked = {
-        name: np.stack([each[name] for each in outputs], axis=int(name in _WITH_ITERATIONS))
-        for name in outputs[0]
-    }
-
-    def terms(outputs: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
-        rotation = quaternion_to_rotation(outputs["traj"][..., :4])
-        each = alphafold_loss({**outputs, "traj_rotation": rotation}, batch, ours.LOSS)[1]
-        renamed = rename_symmetric_ground_truth_atoms(batch, outputs["final_atom14_positions"])
-        summed = {name: jnp.sum(term) for name, term in each.items()}
-        return summed, {**each, "alt_naming_is_better": renamed.alt_naming_is_better}
-
-    derive = jax.jit(jax.jacrev(terms, has_aux=True))
-    gradients, values = jax.tree.map(np.asarray, derive(published.cast(stacked, precision)))
-    for by_input in gradients.values():
-        for name in _WITH_ITERATIONS:
-            by_input[name] = np.moveaxis(by_input[name], 1, 0)
-    return _table(values, gradients)
-
-
-def _table(values: Tree, gradients: Mapping[str, Tree]) -> Arrays:
-    """By name: values of terms, and the gradients that are not zero everywhere."""
-    table = {f"{name} value": np.asarray(x) for name, x in values.items()}
-    for term, by_input in gradients.items():
-        for name, gradient in by_input.items():
-            gradient = np.asarray(gradient)
-            if name == "aligned_error_logits":
-                first = gradient[..., :1] + gradient[..., 1:2]
-                gradient = np.concatenate([first, gradient[..., 2:]], axis=-1)
-            table[f"{term} gradient by {name}"] = gradient
-    return table
-
-
-def tabulate(
-    oracle: Arrays, mine: Arrays, mutated: Arrays, perturbed: list[Arrays]
-) -> dict[str, Comparison]:
-    """One comparison for each term, and for each prediction that the oracle's term depends on."""
-    table = {}
-    for name, expected in oracle.items():
-        if not expected.any():
-            if mine[name].any():
-                raise ValueError(f"{name} is zero in the oracle only")
-            continue
-        runs = [each[name] for each in perturbed]
-        table[name] = compare.compare(mine[name], expected, mutated[name], runs)
-    return table
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -31,8 +31,6 @@ Params = dict[str, dict[str, Any]]
 
 PREFIX = "alphafold/alphafold_iteration/"
 EVOFORMER_BLOCKS, EXTRA_MSA_BLOCKS, TEMPLATE_BLOCKS, STRUCTURE_ITERATIONS = 2, 1, 1, 2
-_WEIGHTS = ("weights", "output_w", "feat_2d_weights", "query_w", "key_w", "value_w", "gating_w")
-_STACKS = ("evoformer_iteration", "extra_msa_stack", "__layer_stack")
 
 
 def tiny_config() -> ConfigDict:
@@ -57,24 +55,6 @@ def network(config: ConfigDict) -> hk.Transformed:
         )
 
     return hk.transform(forward)
-
-
-def random_params(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Flat:
-    """float32 parameters, by the keys of published files, for which no output is trivial."""
-    random = np.random.default_rng(seed)
-
-    def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:
-        scope, name = key.split("//")
-        normal = random.standard_normal(shape)
-        if name == "scale":
-            return 1 + 0.1 * normal
-        if name not in _WEIGHTS:
-            return 0.1 * normal
-        layer = shape[1:] if any(stack in scope for stack in _STACKS) else shape
-        inputs = np.prod(layer[:-1]) if name == "output_w" else layer[0]
-        return normal / np.sqrt(inputs)
-
-    return {key: draw(key, tuple(shapes[key])).astype(np.float32) for key in sorted(shapes)}
 
 
 def nest(flat: Mapping[str, Any]) -> Params:

@@ -1,9 +1,9 @@
-"""Labels of real chains against DeepMind's functions of atoms.
+"""Labels of real chains against DeepMind's functions of atoms, in float64.
 
-python -m parity.oracle.labels float64 table.json
+python -m tests.oracle_labels    prints the errors as JSON, of right and of broken inputs
 """
 
-import sys
+import json
 from importlib import resources
 
 import jax
@@ -12,8 +12,6 @@ import numpy as np
 from foldcore import constants
 from foldcore.data.labels import make_labels, quaternion_affine, torsion_angles
 from foldcore.data.mmcif import read_structure
-from parity.oracle import compare
-from parity.oracle.compare import Comparison
 from parity.oracle.published import all_atom, modules, quat_affine
 
 CHAINS = {"5pti": "A", "1ubq": "A", "1a8o": "A"}
@@ -21,18 +19,20 @@ RESIDUES = 56  # all chains are cut to this many, so that DeepMind's functions a
 Arrays = dict[str, np.ndarray]
 
 
-def main(precision: str, path: str) -> None:
-    """Compare in one precision and write the table."""
-    jax.config.update("jax_enable_x64", precision == "float64")
-    table: dict[str, Comparison] = {}
+def main() -> None:
+    """Errors relative to the largest value of an array, by chain and label."""
+    jax.config.update("jax_enable_x64", True)
+    found: dict[str, tuple[float, float]] = {}
     for pdb_id, chain_id in CHAINS.items():
-        aatype, positions, mask = read(pdb_id, chain_id, precision)
+        aatype, positions, mask = read(pdb_id, chain_id, "float64")
         moved = positions + 0.1 * np.random.default_rng(0).standard_normal(positions.shape)
-        broken = (aatype + 1) % 20, moved.astype(precision), mask[::-1]
-        results = [theirs(aatype, positions, mask), ours(aatype, positions, mask), ours(*broken)]
-        for name in results[0]:
-            table[f"{pdb_id}: {name}"] = compare.compare(*(each[name] for each in results))
-    compare.write(path, table)
+        published = theirs(aatype, positions, mask)
+        right, broken = ours(aatype, positions, mask), ours((aatype + 1) % 20, moved, mask[::-1])
+        for name, exact in published.items():
+            size = np.abs(exact).max()
+            errors = [float(np.abs(each[name] - exact).max() / size) for each in (right, broken)]
+            found[f"{pdb_id}: {name}"] = (errors[0], errors[1])
+    print(json.dumps(found))
 
 
 def read(pdb_id: str, chain_id: str, precision: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,4 +100,4 @@ def published_mask() -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,0 +1,138 @@
+"""Prove that both tracks compute the same: the ladder of comparisons, and its report.
+
+    python -m parity.compare [--case PATTERN] [--dtype float64|float32|bfloat16] [--level 1..4]
+                             [--device cpu|gpu] [--steps N] [--out runs/parity]
+                             [--config CONFIG] [section.key=value ...]
+
+Every precision has a process of its own. The report is a table, report.json and index.html in the
+folder of --out; the exit status is 0 if every case passed. On a GPU, levels 2 and 3 run at the full
+size of CONFIG (configs/initial_training.toml by default), in float32 and bfloat16.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from parity import report
+from parity.options import DTYPES, LEVELS, Options
+
+# compiling takes most of the time, and the programs are small
+FAST_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
+FULL_SIZE = "configs/initial_training.toml"
+
+
+def main(argv: list[str]) -> int:
+    """Compare what the command line says; the exit status."""
+    arguments = parse(argv)
+    jobs = plan(arguments)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = run(jobs, Path(folder), at_once=1 if arguments.device == "gpu" else cores())
+    result = report.merge(parts, time.perf_counter() - start)
+    if not result["cases"]:
+        print(f"no case is called {arguments.case!r} in this precision, level and size")
+        return 2
+    report.write(result, Path(arguments.out))
+    return 0 if all(case["passed"] for case in result["cases"]) else 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m parity.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--case", default="", help="a regular expression found in the name")
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--level", action="append", type=int, choices=tuple(LEVELS))
+    parser.add_argument("--steps", type=int, default=100, help="of the training run of level 4")
+    parser.add_argument("--out", default="runs/parity")
+    parser.add_argument("--config", default="", help="compare levels 2 and 3 at this size")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args(argv)
+
+
+def plan(arguments: argparse.Namespace) -> list[Options]:
+    """One process for each precision."""
+    config, on_gpu = arguments.config, arguments.device == "gpu"
+    if on_gpu and not config and not arguments.level:
+        config = FULL_SIZE
+    dtypes = arguments.dtype or (DTYPES[1:] if config else DTYPES)
+    levels = arguments.level or ((2, 3) if config else tuple(LEVELS))
+    return [
+        Options(
+            dtype=dtype,
+            device=arguments.device,
+            pattern=arguments.case,
+            levels=tuple(levels),
+            steps=arguments.steps,
+            config=config,
+            overrides=tuple(arguments.overrides),
+        )
+        for dtype in dtypes
+    ]
+
+
+def cores() -> int:
+    """How many processes may work at once."""
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def run(jobs: list[Options], folder: Path, at_once: int) -> list[dict[str, Any]]:
+    """What the processes report; they print as they go."""
+    waiting, running, parts = list(jobs), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[job] = start(job, folder / f"{job.dtype}.json")
+            done = [job for job, process in running.items() if process.poll() is not None]
+            for job in done:
+                parts.append(outcome(job, running.pop(job), folder / f"{job.dtype}.json"))
+            time.sleep(0.1)
+    finally:
+        for process in running.values():
+            process.kill()
+    return sorted(parts, key=lambda part: [job.dtype for job in jobs].index(part["dtype"]))
+
+
+def start(job: Options, path: Path) -> subprocess.Popen[bytes]:
+    """Start one precision."""
+    options = json.dumps({**asdict(job), "report": str(path)})
+    return subprocess.Popen([sys.executable, "-m", "parity.worker", options], env=settings(job))
+
+
+def settings(job: Options) -> dict[str, str]:
+    """The environment of a process."""
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    if job.device == "cpu":
+        own |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        own |= {"XLA_FLAGS": FAST_COMPILE}
+    return {**os.environ, **own}
+
+
+def outcome(job: Options, process: subprocess.Popen[bytes], path: Path) -> dict[str, Any]:
+    """What a process wrote; a process that died is a case that failed."""
+    if path.exists():
+        return {"dtype": job.dtype, **json.loads(path.read_text(encoding="utf-8"))}
+    reason = f"the process ended with status {process.returncode}"
+    unknown = dict.fromkeys(("error_jax", "error_torch", "difference", "ratio"))
+    case = {"name": f"all of {job.dtype}", "level": min(job.levels), "dtype": job.dtype}
+    failed = {**case, "passed": False, **unknown, "reason": reason}
+    return {"dtype": job.dtype, "cases": [failed], "curves": {}, "environment": {}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

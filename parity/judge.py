@@ -1,0 +1,208 @@
+"""Runs a case in one precision and judges it: the errors, their yardstick, and a broken variant."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parity.case import Case, Setting
+from parity.noise import (
+    FLOAT64,
+    FLOORS,
+    ROUNDING,
+    count_of_differences,
+    noise_floor,
+    norm_of_difference,
+    perturbed,
+    spread,
+)
+from parity.tracks import Arrays
+
+ZERO = 1e-11  # of the largest gradient: below this a gradient is zero but for round-off
+TRACKS = ("jax", "torch")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict on one array. Errors are relative to the size of the array.
+
+    ``ratio`` counts yardsticks (float64: 1e-9; else the noise floor), ``limit`` how many may be.
+    """
+
+    name: str
+    error_jax: float | None  # from DeepMind's result in float64, else from the float64 result
+    error_torch: float | None
+    difference: float  # between the tracks
+    ratio: float
+    limit: float
+    zero: bool = False  # the exact value is zero: sizes are those of the largest gradient
+    flips: int | None = None  # of a step function: errors count elements
+
+
+@dataclass
+class Verdict:
+    """On one case in one precision."""
+
+    name: str
+    level: int
+    dtype: str
+    rows: list[Row]
+    oracle: bool
+    unnoticed: list[str] = field(default_factory=list)  # tracks that could be broken unnoticed
+    blind: list[str] = field(default_factory=list)  # arrays that the broken variant left alone
+
+    @property
+    def worst(self) -> Row:
+        """The array with the largest share of what it may be off."""
+        return max(self.rows, key=lambda row: row.ratio / row.limit)
+
+    @property
+    def passed(self) -> bool:
+        """All arrays agree, and the comparison can fail."""
+        return self.worst.ratio <= self.worst.limit and not self.unnoticed
+
+    def entry(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        worst, flips = self.worst, [row.flips for row in self.rows if row.flips is not None]
+        return {
+            "name": self.name,
+            "level": self.level,
+            "dtype": self.dtype,
+            "passed": self.passed,
+            "error_jax": worst.error_jax,
+            "error_torch": worst.error_torch,
+            "difference": worst.difference,
+            "ratio": worst.ratio,
+            "limit": worst.limit,
+            "worst": worst.name,
+            "arrays": len(self.rows),
+            "oracle": self.oracle,
+            "zero": sorted(row.name for row in self.rows if row.zero),
+            "flips": sum(flips) if flips else None,
+            "mutation_noticed": not self.unnoticed,
+            "blind": self.blind,
+        }
+
+
+def examine(case: Case, setting: Setting, with_oracle: bool) -> Iterator[Verdict]:
+    """Judge every variant of a case."""
+    parameters, variants = case.make()
+    runs = {"jax": case.jax(setting), "torch": case.torch(setting)}
+    exact = None
+    if setting.dtype != "float64":
+        # the float64 results of the tracks agree to 1e-9, which is a case of its own
+        exact = case.torch(Setting("float64", setting.device))
+    elif with_oracle and case.oracle:
+        exact = case.oracle()
+    for variant, inputs in variants.items():
+        found = {track: run(parameters, inputs) for track, run in runs.items()}
+        scale = Scale(found, exact(parameters, inputs) if exact else None, setting.dtype)
+        if setting.dtype != "float64":
+            moved = perturbed(case, setting, parameters, inputs)
+            scale.measure([[run(*each) for each in moved] for run in runs.values()])
+        verdict = Verdict(
+            f"{case.name}: {variant}" if variant else case.name,
+            case.level,
+            setting.dtype,
+            scale.rows(found),
+            oracle=exact is not None and setting.dtype == "float64",
+        )
+        broken = case.mutate(parameters, inputs)
+        look_at_mutation(verdict, scale, found, {t: run(*broken) for t, run in runs.items()})
+        yield verdict
+
+
+def look_at_mutation(
+    verdict: Verdict, scale: "Scale", found: dict[str, Arrays], broken: dict[str, Arrays]
+) -> None:
+    """Put each track's broken variant in its place: the same comparison must fail."""
+    noticed = set()
+    for track in TRACKS:
+        rows = scale.rows({**found, track: broken[track]})
+        failed = {row.name for row in rows if row.ratio > row.limit}
+        if not failed:
+            verdict.unnoticed.append(track)
+        noticed |= failed
+    verdict.blind = sorted(row.name for row in verdict.rows if row.name not in noticed)
+
+
+class Scale:
+    """What the arrays of a case are compared with."""
+
+    def __init__(self, found: dict[str, Arrays], exact: Arrays | None, dtype: str) -> None:
+        if found["jax"].keys() != found["torch"].keys():
+            raise ValueError(f"in one track only: {found['jax'].keys() ^ found['torch'].keys()}")
+        self.exact, self.dtype = exact, dtype
+        self.size_of = self._largest if dtype == "float64" else self._length
+        # without an oracle the tracks are compared with each other alone
+        self.reference = found["jax"] if exact is None else {**found["jax"], **exact}
+        gradients = [x for n, x in self.reference.items() if n.startswith("gradient")]
+        self.largest = max((self.size_of(x) for x in gradients), default=0.0)
+        self.spreads: list[dict[str, Arrays]] = []
+
+    @staticmethod
+    def _largest(array: np.ndarray) -> float:
+        return float(np.abs(array).max(initial=0))
+
+    @staticmethod
+    def _length(array: np.ndarray) -> float:
+        return float(np.linalg.norm(np.asarray(array, np.float64)))
+
+    def measure(self, runs: list[list[Arrays]]) -> None:
+        """Take the spread of the perturbed runs of each track as noise."""
+        for each in runs:
+            far, flips = spread(each, norm_of_difference), spread(each, count_of_differences)
+            self.spreads.append({n: flips[n] if is_step(n) else far[n] for n in far})  # type: ignore
+
+    def rows(self, found: dict[str, Arrays]) -> list[Row]:
+        """The verdict on every array."""
+        return [self._row(name, found) for name in found["jax"]]
+
+    def _row(self, name: str, found: dict[str, Arrays]) -> Row:
+        jax, torch = (np.asarray(found[track][name], np.float64) for track in TRACKS)
+        known = self.exact is not None and name in self.exact
+        exact = np.asarray(self.reference[name], np.float64) if known else None
+        if jax.shape != torch.shape or (exact is not None and exact.shape != jax.shape):
+            raise ValueError(f"{name}: shapes differ between {jax.shape} and {torch.shape}")
+        if is_step(name):
+            return self._step_row(name, jax, torch, exact)
+        size, zero = self.size_of(self.reference[name]), False
+        if name.startswith("gradient") and size <= ZERO * self.largest:
+            size, zero = self.largest, True
+        size = size or 1.0
+        apart = self._apart
+        errors = [None if exact is None else apart(x, exact) / size for x in (jax, torch)]
+        difference = apart(jax, torch) / size
+        if self.dtype == "float64":
+            yardstick, limit = FLOAT64, 1.0
+            ratio = max(e for e in (*errors, difference) if e is not None) / yardstick
+        else:
+            floor = noise_floor(self.spreads, name, jax.size) / size
+            rounding = ROUNDING[self.dtype if zero else str(found["torch"][name].dtype)]
+            yardstick, limit = max(floor, rounding), FLOORS
+            ratio = max(e for e in errors if e is not None) / yardstick
+        return Row(name, *errors, difference, ratio, limit, zero)  # type: ignore[arg-type]
+
+    def _apart(self, one: np.ndarray, two: np.ndarray) -> float:
+        if self.dtype != "float64":
+            return norm_of_difference(one, two)
+        found = float(np.abs(one - two).max(initial=0))
+        return found if np.isfinite(found) else np.inf
+
+    def _step_row(
+        self, name: str, jax: np.ndarray, torch: np.ndarray, exact: np.ndarray | None
+    ) -> Row:
+        """Of bins and choices, how many differ; perturbed runs say how many may."""
+        counts = [None if exact is None else count_of_differences(x, exact) for x in (jax, torch)]
+        difference = count_of_differences(jax, torch)
+        most = max(count for count in (*counts, difference) if count is not None)
+        if self.dtype == "float64":
+            return Row(name, *counts, difference, most, 0.5, flips=int(most))  # type: ignore
+        usual = max(1.0, *(float(each[name]) for each in self.spreads))
+        return Row(name, *counts, difference, most / usual, FLOORS, flips=int(most))  # type: ignore
+
+
+def is_step(name: str) -> bool:
+    """Whether an array holds results of a step function."""
+    return name.startswith("steps ") or name.endswith(" bins")

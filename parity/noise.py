@@ -1,0 +1,84 @@
+"""The yardsticks: what two results may differ by, measured rather than chosen.
+
+In float64 the algebra has to agree: 1e-9 of an array's largest value. In lower precisions a track
+may be off the float64 result by four times the noise floor of that array: how far results spread
+when every parameter moves by half a unit in the last place, and at least half a unit in the last
+place of the result, which is rounded itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from parity.case import Case, Setting
+from parity.tracks import Arrays
+
+FLOAT64 = 1e-9
+FLOORS = 4.0  # how many noise floors a result may be off
+PERTURBED_RUNS = 4  # in each track
+FEW = 8  # the spread of fewer numbers than this is known badly from few runs
+BITS_LESS = {"float32": 0, "bfloat16": 16}  # of the significand, than float32
+# half a unit in the last place of 1, the most that rounding a result changes it
+ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+
+
+def half_unit(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Half a unit in the last place of every value."""
+    spacing = np.spacing(np.abs(np.asarray(array, np.float32))).astype(np.float64)
+    return spacing * 2.0 ** BITS_LESS[dtype] / 2
+
+
+def perturb(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, str], seed: int) -> Arrays:
+    """Move every value by half a unit in its last place, up or down at random.
+
+    Rounding to that precision turns this into a whole unit for about half of the values.
+    """
+    random = np.random.default_rng(seed)
+
+    def move(name: str) -> np.ndarray:
+        moved = arrays[name] + half_unit(arrays[name], dtypes[name]) * random.choice(
+            [-1.0, 1.0], arrays[name].shape
+        )
+        return moved.astype(np.float32)
+
+    return {name: move(name) for name in sorted(arrays)}
+
+
+def perturbed(
+    case: Case, setting: Setting, parameters: Arrays, inputs: Arrays
+) -> list[tuple[Arrays, Arrays]]:
+    """The parameters (the inputs, if there are none) of the runs that measure noise."""
+    own, names = parameters, case.perturbed_inputs
+    if not own:
+        own = {name: inputs[name] for name in names}
+    dtypes = {
+        n: setting.dtype if parameters and case.narrow_parameters(n) else setting.wide for n in own
+    }
+    moved = [perturb(own, dtypes, seed) for seed in range(PERTURBED_RUNS)]
+    return [(each, inputs) if parameters else ({}, {**inputs, **each}) for each in moved]
+
+
+def spread(runs: Sequence[Arrays], distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:
+    """For every array, the largest distance between two of the runs."""
+    pairs = [(a, b) for i, a in enumerate(runs) for b in runs[:i]]
+    return {name: np.array(max(distance(a[name], b[name]) for a, b in pairs)) for name in runs[0]}
+
+
+def norm_of_difference(one: np.ndarray, two: np.ndarray) -> float:
+    """Euclidean; infinite where a value is not finite."""
+    found = float(np.linalg.norm(np.asarray(one, np.float64) - np.asarray(two, np.float64)))
+    return found if np.isfinite(found) else np.inf
+
+
+def count_of_differences(one: np.ndarray, two: np.ndarray) -> float:
+    """How many elements differ."""
+    return float(np.sum(one != two))
+
+
+def noise_floor(by_track: Sequence[Arrays], name: str, size: int) -> float:
+    """Of one array, from the spread in each track.
+
+    The quieter track counts, so that noise of one cannot excuse it; of a few numbers the louder.
+    """
+    spreads = [float(each[name]) for each in by_track]
+    return min(spreads) if size >= FEW else max(spreads)

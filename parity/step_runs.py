@@ -1,0 +1,132 @@
+"""Training steps of both tracks, by what trains them: ``train_step`` in a ``CompiledStep``."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from foldcore.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from foldcore.data.loader import open_loader
+from parity.case import Setting
+from parity.tracks import Arrays, Track
+
+SECTIONS = ("params", "mu", "nu", "ema")
+
+SMALL = Config(
+    model=ModelConfig(
+        c_m=12,
+        c_z=8,
+        c_s=8,
+        c_e=6,
+        c_t=8,
+        evoformer_blocks=2,
+        extra_msa_blocks=1,
+        template_blocks=1,
+        structure_iterations=2,
+        msa_heads=2,
+        msa_head_dim=4,
+        extra_msa_heads=2,
+        extra_msa_head_dim=4,
+        pair_heads=2,
+        pair_head_dim=4,
+        template_pair_heads=2,
+        template_pair_head_dim=4,
+        template_pointwise_heads=2,
+        template_pointwise_head_dim=4,
+        outer_product_hidden=4,
+        triangle_hidden=6,
+        template_triangle_hidden=6,
+        ipa_heads=2,
+        ipa_scalar_dim=4,
+        ipa_query_points=2,
+        ipa_value_points=2,
+        sidechain_channels=8,
+        plddt_channels=8,
+        pae_enabled=True,
+        matmul_precision="ieee",
+    ),
+    data=DataConfig(
+        crop_size=16,
+        num_msa_clusters=6,
+        num_extra_msa=8,
+        num_templates=2,
+        unclamped_fraction=0.5,
+        accept_unknown=True,
+        workers=0,
+    ),
+    loss=LossConfig(
+        violation=0.1,
+        experimentally_resolved=0.01,
+        aligned_error=0.1,
+        accept_unknown_resolution=True,
+    ),
+    # a power of two: the rate is then the same number however its division is compiled
+    optimizer=OptimizerConfig(warmup_steps=16, ema_decay=0.9, ema_warmup=True),
+    train=TrainConfig(name="parity", batch_size=1, seed=7),
+)
+
+
+def with_setting(config: Config, setting: Setting) -> Config:
+    """The configuration in a precision and an implementation."""
+    model = replace(config.model, dtype=setting.dtype, implementation=setting.implementation)
+    return replace(config, model=model)
+
+
+def batches(config: Config) -> Iterator[Arrays]:
+    """What the loader gives a run of this configuration."""
+    with open_loader(config, warn=lambda message: None) as loader:
+        yield from loader
+
+
+class Program:
+    """The compiled training step of one track."""
+
+    def __init__(self, track: Track, config: Config, setting: Setting) -> None:
+        config = with_setting(config, setting)
+        self.track, self.config, self.setting = track, config, setting
+        self.network = track.step.Network(config.model)
+        track.distributed.initialize()
+        self.mesh = track.distributed.make_mesh(config.train.batch_size)
+        function = functools.partial(track.train.train_step, self.network, config)
+        self._step = track.step.CompiledStep(function, config, self.mesh, donate=True)
+
+    @property
+    def layout(self) -> Any:
+        """Of the flat buffers."""
+        return self.network.layout
+
+    def state(self, step: int, **sections: np.ndarray) -> Any:
+        """A state on the device; buffers are flat."""
+        wide = {name: buffer.astype(self.setting.wide) for name, buffer in sections.items()}
+        host = self.track.train.TrainState(**wide, step=np.asarray(step, np.int32))
+        return self.track.distributed.replicate(self.mesh, host)
+
+    def __call__(self, state: Any, batch: Arrays) -> tuple[Any, dict[str, Any]]:
+        """The next state, and what is logged; ``state`` is used up."""
+        wide = {
+            n: x.astype(self.setting.wide) if x.dtype == np.float32 else x for n, x in batch.items()
+        }
+        self.track.ops.use(self.setting.implementation)
+        try:
+            return self._step(state, self.track.distributed.place(self.mesh, wide))
+        finally:
+            self.track.ops.use("reference")
+
+    def fetch(self, tree: Any) -> Any:
+        """On the host."""
+        return self.track.step.fetch(tree)
+
+
+@functools.cache
+def program(package: str, config: Config, setting: Setting) -> Program:
+    """Compiled once for all cases of a process."""
+    return Program(Track(package), config, setting)

@@ -1,0 +1,115 @@
+"""One process of the suite: the chosen cases in one precision, a setting of the whole process.
+
+python -m parity.worker OPTIONS    OPTIONS is the JSON of ``parity.options``; see parity.compare
+"""
+
+import json
+import platform
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+
+from parity import ladder
+from parity.case import Case, Setting
+from parity.judge import examine
+from parity.options import Options
+from parity.oracle import shim
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "numpy")
+
+
+def main(options: Options) -> None:
+    """Judge every case, print a line for each, write the report."""
+    configure(options)
+    entries: list[dict[str, Any]] = []
+    for case in chosen(options):
+        start = time.perf_counter()
+        for entry in verdicts(case, options):
+            entry["seconds"], start = time.perf_counter() - start, time.perf_counter()
+            entries.append(entry)
+            print(line(entry), flush=True)
+    result = {"cases": entries, "curves": {}, "environment": environment()}
+    Path(options.report).write_text(json.dumps(result), encoding="utf-8")
+
+
+def configure(options: Options) -> None:
+    """Settings of the whole process; products of float32 numbers are exact ones in both tracks."""
+    jax.config.update("jax_enable_x64", options.dtype == "float64")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if options.device == "cpu":
+        # several threads would wait for each other longer than such small arrays take
+        torch.set_num_threads(1)
+
+
+def chosen(options: Options) -> list[Case]:
+    """The cases that the options ask for."""
+    return [
+        case
+        for case in ladder.cases()
+        if case.level in options.levels
+        and options.dtype in case.dtypes
+        and re.search(options.pattern, case.name)
+    ]
+
+
+def verdicts(case: Case, options: Options) -> Iterator[dict[str, Any]]:
+    """The report's entries of a case; one that says why, where the case breaks down."""
+    setting = Setting(options.dtype, options.device)
+    try:
+        for verdict in examine(case, setting, shim.available()):
+            yield verdict.entry()
+    except Exception as error:  # the other cases still have something to say
+        traceback.print_exc()
+        yield failure(case, options.dtype, error)
+
+
+def failure(case: Case, dtype: str, error: Exception) -> dict[str, Any]:
+    """The entry of a case that could not be judged."""
+    unknown = dict.fromkeys(("error_jax", "error_torch", "difference", "ratio"))
+    entry = {"name": case.name, "level": case.level, "dtype": dtype, "passed": False}
+    return {**entry, **unknown, "reason": f"{type(error).__name__}: {error}"}
+
+
+def line(entry: dict[str, Any]) -> str:
+    """One verdict on one line."""
+    word = "ok    " if entry["passed"] else "FAILED"
+    start = f"{word} {entry['dtype']:8} {entry['name']}: "
+    if "reason" in entry:
+        return start + entry["reason"]
+    return f"{start}{entry['ratio']:.2g} of {entry['limit']:g} ({entry['worst']})"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process, and whether DeepMind's code took part."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        **{name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": processor(),
+        "jax devices": sorted({f"{d.platform} {d.device_kind}" for d in jax.devices()}),
+        "torch device": gpu,
+        "oracle": f"alphafold {metadata.version('alphafold')}" if shim.available() else None,
+    }
+
+
+def processor() -> str:
+    """The model of the CPU, as Linux names it."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = re.findall(r"model name\s*:\s*(.*)", text)
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    loaded = json.loads(sys.argv[1])
+    main(Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in loaded.items()}))
