@@ -149,7 +149,7 @@ def measure(track: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.profile:
         batch = trainer.batch(passes[-1])
         kernels = PROFILERS[track](lambda: trainer.seconds(batch))
-        path = Path(options.out).parent / f"profile_{track}_{passes[-1]}.txt"
+        path = Path(options.out).with_suffix(f".profile_{passes[-1]}.txt")
         path.write_text(describe(kernels, rows[-1]["step_ms"]))
         print(path.read_text())
     return rows
