@@ -15,8 +15,8 @@ import torch
 
 import tests.triton_interpreter  # noqa: F401
 from foldcore.kernels.launch import INTERPRETER, Launch
-from jaxfold import _rows, _triangle, ops
-from tests import test_kernels_rows, test_kernels_triangle
+from jaxfold import _outer_product, _rows, _triangle, ops
+from tests import test_kernels_outer_product, test_kernels_rows, test_kernels_triangle
 from tests.test_kernels_triangle import Case
 from torchfold import _triton
 
@@ -36,7 +36,7 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_rows, _triangle):
+    for module in (_outer_product, _rows, _triangle):
         monkeypatch.setattr(module, "call", call)
         monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
 
@@ -45,7 +45,8 @@ def check(function: Callable[..., jax.Array], given: dict[str, torch.Tensor]) ->
     """The kernels' result and gradients by all arrays but masks are the reference's."""
     arrays = {name: jnp.asarray(x.numpy()) for name, x in given.items()}
     grad = arrays.pop("seed")
-    constant = {name: arrays.pop(name) for name in ("pair_mask", "factor") if name in arrays}
+    names = ("mask", "pair_mask", "factor")
+    constant = {name: arrays.pop(name) for name in names if name in arrays}
 
     def results(implementation: str) -> Any:
         def run(arrays: Arrays) -> jax.Array:
@@ -90,3 +91,11 @@ def test_triangle_multiplication(outgoing: bool) -> None:
         )
 
     check(run, test_kernels_triangle.arrays(Case(5, c=24, h=16, batch=2, dropout=outgoing)))
+
+
+def test_outer_product_mean() -> None:
+    def run(implementation: str, **given: jax.Array) -> jax.Array:
+        return ops.outer_product_mean(**given, implementation=implementation)
+
+    case = test_kernels_outer_product.Case(5, c=8, e=4, batch=2)
+    check(run, test_kernels_outer_product.arrays(case))

@@ -100,18 +100,13 @@ def attention(
     value: Float[Tensor, "b g k h d"],
     mask: Float[Tensor, "b g k"],
     bias: Float[Tensor, "b h q k"] | None = None,
-    *,
-    implementation: str | None = None,
 ) -> Float[Tensor, "b g q h d"]:
-    """Softmax attention with a key mask and a bias that all groups share (Suppl. Alg. 7, 13).
+    """Softmax attention with a key mask and a bias that all groups share (Suppl. Alg. 7, 17).
 
-    The query is already scaled. Masked keys get the same large negative logit after the bias.
+    The query is already scaled. Masked keys get the same large negative logit after the bias. There
+    is no other version: the network needs it for a few templates a pair, where reading the pairs
+    takes the time.
     """
-    if _kernel_runs("attention", implementation, query, key):
-        if query.shape[2] != key.shape[2]:
-            _refuse("attention", implementation, "the kernel is for self-attention", query, key)
-        projected = torch.stack([query, key, value], dim=3)
-        return gated_attention(projected, mask, bias, implementation="triton")
     gathered = _gather(query, key, value, mask, bias, scale=1)
     return gathered.to(query.dtype)
 
@@ -166,11 +161,11 @@ def global_attention(
     key: Float[Tensor, "b g k d"],
     value: Float[Tensor, "b g k d"],
     mask: Float[Tensor, "b g k"],
-    *,
-    implementation: str | None = None,
 ) -> Float[Tensor, "b g h d"]:
-    """One query a group and head; the heads share keys and values (Suppl. Alg. 19)."""
-    _require_reference("global_attention", implementation, query, key)
+    """One query a group and head; the heads share keys and values (Suppl. Alg. 19).
+
+    There is no other version: its scores are as small as its keys.
+    """
     logits = _sum_product("bghd,bgkd->bghk", query, key)
     logits = torch.where(mask[:, :, None, :] > 0, logits, MASKED_LOGIT)
     weights = torch.softmax(logits, dim=-1).to(value.dtype)
@@ -295,7 +290,10 @@ def outer_product_mean(
 
     ``left`` and ``right`` are zero where masked. The bias is divided by the count too.
     """
-    _require_reference("outer_product_mean", implementation, left, right)
+    if _kernel_runs("outer_product_mean", implementation, left, right):
+        from torchfold import _outer_product
+
+        return _outer_product.outer_product_mean(left, right, mask, weights, bias)
     outer = _sum_product("bsic,bsje->bijce", left, right).to(left.dtype)
     projected = _sum_product("bijce,cez->bijz", outer, weights)
     wide_mask = mask.to(projected.dtype)

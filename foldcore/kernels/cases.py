@@ -95,6 +95,16 @@ CASES = (
         {"projected": (1, 3, 264, 4, 2, 16), "mask": (1, 3, 264), "bias": (1, 2, 264, 264)},
         {"axis": 2, "scale": 0.2},
     ),
+    Case(
+        "outer_product_mean",
+        {
+            "left": (1, 20, 24, 16),
+            "right": (1, 20, 24, 16),
+            "mask": (1, 20, 24),
+            "weights": (16, 16, C),
+            "bias": (C,),
+        },
+    ),
     Case("layer_norm", {"x": (300, 128), "scale": (128,), "offset": (128,)}),
     Case("transition", _TRANSITION, {"residual": True}, tolerance=SWITCHED),
     *(

@@ -1,0 +1,72 @@
+"""Outer product mean by kernels: the output and every gradient."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import kernel_checks
+from tests.kernel_checks import normal
+from torchfold import _triton, ops
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = _triton._allocate
+    monkeypatch.setattr(_triton, "_allocate", lambda *args: allocate(*args).fill_(float("nan")))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of an outer product mean."""
+
+    residues: int
+    sequences: int = 5
+    c: int = 8
+    e: int = 8
+    z: int = 16
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+
+
+def arrays(case: Case) -> dict[str, Tensor]:
+    """Random arrays; some residues are masked in some sequences, a pair in all of them."""
+    generator = torch.Generator().manual_seed(case.residues + case.z)
+    b, s, r, c, e, z = case.batch, case.sequences, case.residues, case.c, case.e, case.z
+    mask = (torch.rand(b, s, r, generator=generator) > 0.2).float()
+    mask[:, : s // 2, r - 1] = 0
+    mask[:, s // 2 :, r // 2] = 0
+    mask[:, 0, 0] = 1
+    return {
+        "left": normal(generator, b, s, r, c) * mask[..., None],
+        "right": normal(generator, b, s, r, e) * mask[..., None],
+        "mask": mask,
+        "weights": normal(generator, c, e, z, scale=(c * e) ** -0.5),
+        "bias": normal(generator, z),
+        "seed": normal(generator, b, r, r, z),
+    }
+
+
+def outer_product_mean(implementation: str, **given: Tensor) -> Tensor:
+    return ops.outer_product_mean(**given, implementation=implementation)
+
+
+def check(case: Case) -> None:
+    kernel_checks.check(outer_product_mean, arrays(case), case.dtype, ("mask",))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1),
+        Case(7, sequences=1),
+        Case(37, c=4, e=4),
+        Case(9, c=5, e=3, z=24, batch=2),
+        Case(10, sequences=17, c=16, e=2, z=40, batch=2),
+        Case(8, sequences=16, c=16, e=16, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_outer_product_mean(case: Case) -> None:
+    check(case)

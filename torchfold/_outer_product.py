@@ -1,0 +1,86 @@
+"""``ops.outer_product_mean`` by Triton kernels: custom operators."""
+
+import torch
+from torch import Tensor
+
+from foldcore.kernels import outer_product as kernels
+from torchfold._rows import sum_columns
+from torchfold._triton import architecture, call, dtype_name
+
+
+def outer_product_mean(
+    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor
+) -> Tensor:
+    """The projected mean [b i j z] over sequences of outer products."""
+    return _forward(left, right, mask, weights, bias)[0]
+
+
+def _shape(left: Tensor, right: Tensor, weights: Tensor) -> kernels.Shape:
+    b, _, i, _ = left.shape
+    return kernels.Shape(b * i, right.shape[2], *weights.shape)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """Outer products summed over sequences, [b, i c, j e]."""
+    return left.flatten(2).mT @ right.flatten(2)
+
+
+@torch.library.custom_op("twinfold::outer_product_mean", mutates_args=())
+def _forward(
+    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The result, and the number of sequences of each pair."""
+    wide_mask = mask.float()
+    count = wide_mask.mT @ wide_mask
+    shape = _shape(left, right, weights)
+    launch = kernels.project(shape, dtype_name(left), architecture(left.device))
+    (out,) = call(launch, _outer(left, right), weights, bias, count)
+    return out.view(*count.shape, shape.z), count
+
+
+@_forward.register_fake
+def _(
+    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    pairs = (left.shape[0], left.shape[2], right.shape[2])
+    return left.new_empty((*pairs, weights.shape[2])), mask.new_empty(pairs, dtype=torch.float32)
+
+
+@torch.library.custom_op("twinfold::outer_product_mean_backward", mutates_args=())
+def _backward(
+    grad: Tensor, left: Tensor, right: Tensor, weights: Tensor, bias: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by left, right, weights and bias."""
+    shape, kind = _shape(left, right, weights), (dtype_name(left), architecture(left.device))
+    sum_grad, outer_grad, sums = call(kernels.gradient(shape, *kind), grad, weights, count)
+    outer = _outer(left, right)
+    outer_grad = outer_grad.view(outer.shape)
+    (parts,) = call(kernels.weights(shape, *kind), outer, sum_grad)
+    weights_grad = sum_columns(parts, weights).view(weights.shape)
+    left_grad = right.flatten(2) @ outer_grad.mT
+    right_grad = left.flatten(2) @ outer_grad
+    vectors = sum_columns(sums, bias)
+    return left_grad.view(left.shape), right_grad.view(right.shape), weights_grad, vectors
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, left: Tensor, right: Tensor, weights: Tensor, bias: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    left_grad, right_grad, weights_grad, bias_grad = (
+        x.new_empty(x.shape) for x in (left, right, weights, bias)
+    )
+    return left_grad, right_grad, weights_grad, bias_grad
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    left, right, _, weights, bias = inputs
+    ctx.save_for_backward(left, right, weights, bias, output[1])
+
+
+def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+    left, right, weights, bias = _backward(grad, *ctx.saved_tensors)
+    return left, right, None, weights, bias
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
