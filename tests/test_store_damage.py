@@ -15,9 +15,11 @@ from small_sets import build
 from foldcore.config import DataConfig
 from foldcore.data import codec
 from foldcore.data.dataset import Dataset
-from foldcore.data.hits import load_hits
+from foldcore.data.hits import PackedTemplates, load_hits
 from foldcore.data.prepare import Settings, prepare
+from foldcore.data.shards import Address
 from foldcore.data.store import MANIFEST, Store
+from foldcore.data.structures import Atoms
 from foldcore.data.transforms import RawExample
 from foldcore.errors import DataError
 
@@ -213,7 +215,19 @@ def test_a_store_names_no_file_outside_of_itself(store: Path) -> None:
 )
 def test_hits_that_do_not_fit_are_refused(hit: list[object]) -> None:
     with pytest.raises(ValueError):
-        list(load_hits(json.dumps([hit]), np.array([0, 1, 2, 3], np.int32), 5))
-    with pytest.raises(ValueError, match="aligned outside"):
-        good = ["n", "1abc", "1abc", "", 1.0, "", 0, 0, 0, 2]
-        list(load_hits(json.dumps([good]), np.array([0, 9, 2, 3], np.int32), 5))
+        list(load_hits(json.dumps([hit]), np.array([0, 1, 2, 3], np.int32)))
+
+
+def test_residues_that_do_not_fit_are_refused() -> None:
+    good = ["n", "1abc", "1abc", "", 1.0, "", 0, 0, 0, 2]
+    with pytest.raises(ValueError, match="not of this format"):
+        list(load_hits(json.dumps([good]), np.array([0, -9, 2, 3], np.int32)))
+    for in_query, in_chain in (([0, 9], [0, 1]), ([0, 1], [0, 9])):
+        residues = np.array(in_query + in_chain, np.int32)
+        chain = Atoms("AAAAA", np.zeros((5, 37, 3), np.float32), np.ones((5, 37), np.float32))
+        hits = list(load_hits(json.dumps([good]), residues))
+        templates = PackedTemplates(hits, 5, {Address(0, 0, 0): chain}.__getitem__)
+        with pytest.raises(DataError, match="aligned outside"):
+            templates.pick(np.array([0]), slice(0, 5))
+        with pytest.raises(DataError, match="aligned outside"):
+            templates["template_aatype"]

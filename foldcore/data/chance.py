@@ -31,7 +31,7 @@ class Chance:
                     mixed = self._hash(self._pool[source])
                     self._pool[target] = _mix(self._pool[target], mixed)
         for word in words[_POOL:]:
-            self._take(word)
+            self._pool = [_mix(state, self._hash(word)) for state in self._pool]
         self._start = (self._constant, self._pool)
         self._philox = np.random.Philox(0)
         self._state: Any = self._philox.state
@@ -39,12 +39,19 @@ class Chance:
 
     def generator(self, *stream: int) -> np.random.Generator:
         """The generator of a stream, from its beginning."""
-        self._constant, self._pool = self._start
+        constant, pool = self._start
         for number in stream:
             for word in _words(number):
-                self._take(word)
+                mixed = []  # written out: this runs twenty times an example
+                for state in pool:
+                    value = word ^ constant
+                    constant = constant * _MULT_A & _WORD
+                    value = value * constant & _WORD
+                    state = _MIX_L * state - _MIX_R * (value ^ value >> 16) & _WORD
+                    mixed.append(state ^ state >> 16)
+                pool = mixed
         out, constant = [], _INIT_B
-        for word in self._pool:
+        for word in pool:
             word ^= constant
             constant = constant * _MULT_B & _WORD
             word = word * constant & _WORD
@@ -52,9 +59,6 @@ class Chance:
         self._state["state"]["key"][:] = (out[0] | out[1] << 32, out[2] | out[3] << 32)
         self._philox.state = self._state
         return np.random.Generator(self._philox)
-
-    def _take(self, word: int) -> None:
-        self._pool = [_mix(state, self._hash(word)) for state in self._pool]
 
     def _hash(self, word: int) -> int:
         word ^= self._constant

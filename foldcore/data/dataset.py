@@ -163,17 +163,17 @@ class Dataset:
     ) -> PackedTemplates:
         length = len(chain.sequence)
         if not self.config.num_templates:
-            return PackedTemplates([], length, store.structures.chain)
+            return PackedTemplates([], length, store.structures.atoms)
         place = self.records[chain_id].place
         chosen, rules = choose_hits(
-            store.hits(place, length),
+            store.hits(place),
             place.entry,
             self._cutoff_date(chain_id, structure),
             self.config.accept_unknown,
             self.config.max_template_hits,
         )
         self._note_hits(chain_id, rules)
-        return PackedTemplates(chosen, length, store.structures.chain)
+        return PackedTemplates(chosen, length, store.structures.atoms)
 
     def _finish_chain(
         self, chain_id: str, structure: Structure, chain: Chain

@@ -18,6 +18,7 @@ from foldcore import constants
 from foldcore.data.hhr import TemplateHit
 from foldcore.data.mmcif import Chain, Structure
 from foldcore.data.shards import Address
+from foldcore.data.structures import Atoms
 from foldcore.data.templates import (
     Template,
     Unusable,
@@ -33,6 +34,8 @@ from foldcore.errors import DataError
 BEFORE_DATE = ("unreadable", "coverage", "subsequence", "length")
 AFTER_DATE = ("distance", "sequence", "atoms", "")
 GetChain = Callable[[str, str], tuple[Structure, Chain, Address]]
+_RULES = frozenset(BEFORE_DATE + AFTER_DATE)
+_KINDS = [str, str, str, str, float, int, int, int, int]
 _NOWHERE = Address(-1, -1, -1)
 _CODES = np.full(256, constants.unknown_restype, np.int32)
 for _letter, _code in constants.restype_order.items():
@@ -113,22 +116,25 @@ def dump_hits(hits: Sequence[PackedHit]) -> tuple[str, Int32[np.ndarray, " n"]]:
     return json.dumps(rows), np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
 
-def load_hits(text: str, residues: Int32[np.ndarray, " n"], length: int) -> Iterator[PackedHit]:
-    """The hits of a query of ``length`` residues; ``ValueError`` where the two do not fit."""
+def load_hits(text: str, residues: Int32[np.ndarray, " n"]) -> Iterator[PackedHit]:
+    """The hits, one after another; ``ValueError`` where something does not fit."""
     start = 0
-    for name, pdb_id, entry, date, sum_probs, rule, shard, batch, row, count in json.loads(text):
-        texts = all(type(text) is str for text in (name, pdb_id, entry, date))
-        numbers = all(type(number) is int for number in (shard, batch, row, count))
-        if not texts or not numbers or type(sum_probs) is not float or count < 0:
+    if residues.ndim != 1 or residues.min(initial=0) < 0:
+        raise ValueError("the aligned residues are not of this format")
+    for name, pdb_id, entry, date, sum_probs, rule, *address, count in json.loads(text):
+        kinds = [type(value) for value in (name, pdb_id, entry, date, sum_probs, *address, count)]
+        if kinds != _KINDS or count < 0:
             raise ValueError("a template hit is not of this format")
-        if rule not in BEFORE_DATE + AFTER_DATE:
+        if rule not in _RULES:
             raise ValueError(f"a template hit has the unknown rule {rule!r}")
-        in_query, in_chain = residues[start : start + 2 * count].reshape(2, count)
-        start += 2 * count
-        if count and not (0 <= in_query.min() and in_query.max() < length and in_chain.min() >= 0):
-            raise ValueError(f"template {name} is aligned outside of its query")
-        address = Address(shard, batch, row)
-        yield PackedHit(name, pdb_id, entry, date, sum_probs, rule, address, in_query, in_chain)
+        middle, end = start + count, start + 2 * count
+        if end > len(residues):
+            raise ValueError("fewer residues than the template hits have")
+        in_query, in_chain = residues[start:middle], residues[middle:end]
+        start = end
+        yield PackedHit(
+            name, pdb_id, entry, date, sum_probs, rule, Address(*address), in_query, in_chain
+        )
 
 
 def choose_hits(
@@ -154,7 +160,7 @@ class PackedTemplates(Mapping[str, np.ndarray]):
     """
 
     def __init__(
-        self, hits: Sequence[PackedHit], length: int, read: Callable[[Address], Chain]
+        self, hits: Sequence[PackedHit], length: int, read: Callable[[Address], Atoms]
     ) -> None:
         self._hits, self._length, self._read = hits, length, read
         self._stacked: dict[str, np.ndarray] | None = None
@@ -205,10 +211,12 @@ class PackedTemplates(Mapping[str, np.ndarray]):
         residues = (hit.in_query, hit.in_chain)
         return place_template(hit.name, hit.sum_probs, self._length, self._chain(hit), *residues)
 
-    def _chain(self, hit: PackedHit) -> Chain:
+    def _chain(self, hit: PackedHit) -> Atoms:
         chain = self._read(hit.address)
-        if hit.in_chain.size and hit.in_chain.max() >= len(chain.sequence):
-            raise DataError(hit.name, None, "this template is aligned outside of its chain")
+        inside = hit.in_query.max(initial=-1) < self._length
+        if not inside or hit.in_chain.max(initial=-1) >= len(chain.sequence):
+            reason = "this template is aligned outside of its chain or its query"
+            raise DataError(hit.name, None, reason)
         return chain
 
 

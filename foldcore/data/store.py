@@ -186,12 +186,12 @@ class Store:
             where = f"row {at.row} of batch {at.batch}"
             raise DataError(file.path, None, f"{where} cannot be used: {error}") from None
 
-    def hits(self, place: Place, length: int) -> Iterator[PackedHit]:
+    def hits(self, place: Place) -> Iterator[PackedHit]:
         """The template hits at a place, best first."""
         file, at = self._locate(place)
         try:
             residues = decode(file.cell(at.batch, at.row, "hit_residues"))
-            yield from load_hits(file.cell(at.batch, at.row, "hits"), residues, length)
+            yield from load_hits(file.cell(at.batch, at.row, "hits"), residues)
         except (ValueError, TypeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise

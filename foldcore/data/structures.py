@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Float32
 
 from foldcore.data.caches import ChainInfo
 from foldcore.data.codec import decode
@@ -34,6 +36,14 @@ ENTRIES = pa.schema(
         ("entities", pa.list_(pa.string())),  # of the chains; "" where nothing asked for them
     ]
 )
+
+
+class Atoms(NamedTuple):
+    """The part of a chain that a template needs."""
+
+    sequence: str
+    positions: Float32[np.ndarray, "r 37 3"]
+    mask: Float32[np.ndarray, "r 37"]
 
 
 class Structures:
@@ -66,8 +76,20 @@ class Structures:
         try:
             return self._decode(file, address)
         except (ValueError, TypeError, AttributeError) as error:
-            where = f"row {address.row} of batch {address.batch}"
-            raise DataError(file.path, None, f"{where} cannot be used: {error}") from None
+            raise _unusable(file, address, error) from None
+
+    def atoms(self, address: Address) -> Atoms:
+        """What a template needs of the chain at an address."""
+        file = self._shard(address.shard)
+        cells = (file.cell(address.batch, address.row, name) for name in Atoms._fields)
+        try:
+            sequence, positions, mask = cells
+            mask = decode(mask)
+            atoms = Atoms(sequence, decode(positions, mask), mask)
+            _check_atoms(*atoms)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _unusable(file, address, error) from None
+        return atoms
 
     def find(self, entry: str, chain_id: str) -> tuple[Structure, Address]:
         """An entry without its chains, and where one of them is ("": the only one)."""
@@ -126,8 +148,7 @@ class Structures:
             values[name] = None if blob is None else decode(blob, mask)
         chain = Chain(mask=mask, **values)
         length = len(chain.sequence)
-        if mask.shape != (length, 37) or chain.positions.shape != (length, 37, 3):
-            raise ValueError(f"{length} residues, atoms of shape {chain.positions.shape}")
+        _check_atoms(chain.sequence, chain.positions, mask)
         if chain.residue_index.shape != (length,):
             raise ValueError(f"{length} residues, {chain.residue_index.shape} numbers")
         return chain
@@ -153,3 +174,14 @@ class Structures:
                 shard_path(self.root, "structures", number), STRUCTURES
             )
         return self._shards[number]
+
+
+def _check_atoms(sequence: str, positions: np.ndarray, mask: np.ndarray) -> None:
+    length = len(sequence)
+    if mask.shape != (length, 37) or positions.shape != (length, 37, 3):
+        raise ValueError(f"{length} residues, atoms of shape {positions.shape}")
+
+
+def _unusable(file: ArrowFile, at: Address, error: Exception) -> DataError:
+    where = f"row {at.row} of batch {at.batch}"
+    return DataError(file.path, None, f"{where} cannot be used: {error}")

@@ -17,6 +17,7 @@ from foldcore import constants
 from foldcore.data.hhr import TemplateHit
 from foldcore.data.labels import pseudo_beta
 from foldcore.data.mmcif import Chain, Structure
+from foldcore.data.structures import Atoms
 from foldcore.errors import DataError
 
 GetChain = Callable[[str, str], tuple[Structure, Chain]]  # (pdb_id, chain_id); raises DataError
@@ -173,7 +174,7 @@ def place_template(
     name: str,
     sum_probs: float,
     length: int,
-    chain: Chain,
+    chain: Chain | Atoms,
     in_query: Int32[np.ndarray, " n"],
     in_chain: Int32[np.ndarray, " n"],
 ) -> Template:

@@ -96,8 +96,7 @@ def make_example(
     candidates = min(count_templates(raw.templates), config.max_template_hits)
     chosen = crop.choose_templates(candidates, config.num_templates, draw("templates"), training)
     example = empty_example(config) if out is None else out
-    if out is not None:
-        _clear(out)
+    written = [(0, 0)] * RECYCLE_SLOTS if out is None else _clear(out)
     single = {
         **sequence_features(raw, window),
         **structure_features(raw, window),
@@ -107,7 +106,7 @@ def make_example(
     for name, value in single.items():
         example[name][tuple(slice(size) for size in value.shape)] = value
     draws = [partial(draw, slot=slot) for slot in range(RECYCLE_SLOTS)]
-    _write_msa_samples(raw, window, config, draws, training, example, is_fresh=out is None)
+    _write_msa_samples(raw, window, config, draws, training, example, written)
     return example
 
 
@@ -121,11 +120,12 @@ def empty_example(config: DataConfig) -> dict[str, np.ndarray]:
     }
 
 
-def _clear(example: Mapping[str, np.ndarray]) -> None:
+def _clear(example: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
     """Back to zeros: of the MSA features what the example says it used, of the others all.
 
-    ``msa_feat`` is left to be written over.
+    ``msa_feat``, the largest, is left to be written over; returned is what it used in each slot.
     """
+    rows = np.count_nonzero(example["msa_row_mask"], axis=1).tolist()
     length = int(example["seq_length"])
     row_masks = ("msa_row_mask", "extra_msa_row_mask")  # they tell what was used: cleared last
     for name in (*(example.keys() - {"msa_feat", *row_masks}), *row_masks):
@@ -136,6 +136,7 @@ def _clear(example: Mapping[str, np.ndarray]) -> None:
         mask = "extra_msa_row_mask" if name.startswith("extra") else "msa_row_mask"
         for slot in range(RECYCLE_SLOTS):
             array[slot, : np.count_nonzero(example[mask][slot]), :length] = 0
+    return [(count, length) for count in rows]
 
 
 def _sizes(feature: Feature, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -188,7 +189,7 @@ def _write_msa_samples(
     draws: Sequence[Callable[[str], np.random.Generator]],
     training: bool,
     example: Mapping[str, np.ndarray],
-    is_fresh: bool,
+    written: Sequence[tuple[int, int]],
 ) -> None:
     """The MSA features: every recycling pass has its own rows, mask and clusters."""
     profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
@@ -196,7 +197,7 @@ def _write_msa_samples(
     names = [name for name, feature in FEATURES.items() if "recycle" in feature.dims]
     for slot, draw in enumerate(draws):
         out = {name: example[name][slot] for name in names}
-        _write_msa_sample(raw, profile, planes, window, config, draw, training, out, is_fresh)
+        _write_msa_sample(raw, profile, planes, window, config, draw, training, out, written[slot])
 
 
 def _write_msa_sample(
@@ -208,9 +209,9 @@ def _write_msa_sample(
     draw: Callable[[str], np.random.Generator],
     training: bool,
     out: Mapping[str, np.ndarray],
-    is_fresh: bool,
+    written: tuple[int, int],
 ) -> None:
-    """The MSA features of one pass, into zeros; ``msa_feat`` may hold anything if not fresh."""
+    """The MSA features of one pass, into zeros; ``msa_feat`` has the rows and columns written."""
     centre_rows, extra_rows = _choose_rows(raw, config, draw, training)
     true_msa = raw.msa[centre_rows]
     fraction = config.masked_msa_fraction
@@ -224,9 +225,8 @@ def _write_msa_sample(
     msa_features.msa_feat(
         centres, deletions, extra, extra_deletions, nearest, out["msa_feat"][corner]
     )
-    for padding in (out["msa_feat"][rows:], out["msa_feat"][:rows, length:]):
-        if padding.size and not is_fresh:
-            padding.fill(0)
+    out["msa_feat"][rows : written[0], : written[1]] = 0
+    out["msa_feat"][:rows, length : written[1]] = 0
     out["msa_mask"][corner] = 1
     out["msa_row_mask"][:rows] = 1
     out["bert_mask"][corner] = bert_mask[:, window]
