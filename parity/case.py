@@ -42,6 +42,7 @@ class Case:
     oracle: Callable[[], Run] | None = None
     dtypes: tuple[str, ...] = DTYPES
     narrow_parameters: Callable[[str], bool] = field(default=lambda name: name.startswith(TRUNK))
+    perturbed_runs: int = 4  # in each track, to measure noise
     perturbed_inputs: tuple[str, ...] = ()  # moved to measure noise, where there are no parameters
 
 

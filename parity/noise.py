@@ -15,7 +15,6 @@ from parity.tracks import Arrays
 
 FLOAT64 = 1e-9
 FLOORS = 4.0  # how many noise floors a result may be off
-PERTURBED_RUNS = 4  # in each track
 FEW = 8  # the spread of fewer numbers than this is known badly from few runs
 BITS_LESS = {"float32": 0, "bfloat16": 16}  # of the significand, than float32
 # half a unit in the last place of 1, the most that rounding a result changes it
@@ -24,6 +23,8 @@ ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 def half_unit(array: np.ndarray, dtype: str) -> np.ndarray:
     """Half a unit in the last place of every value."""
+    if dtype == "float64":
+        return np.spacing(np.abs(np.asarray(array, np.float64))) / 2
     spacing = np.spacing(np.abs(np.asarray(array, np.float32))).astype(np.float64)
     return spacing * 2.0 ** BITS_LESS[dtype] / 2
 
@@ -54,7 +55,7 @@ def perturbed(
     dtypes = {
         n: setting.dtype if parameters and case.narrow_parameters(n) else setting.wide for n in own
     }
-    moved = [perturb(own, dtypes, seed) for seed in range(PERTURBED_RUNS)]
+    moved = [perturb(own, dtypes, seed) for seed in range(case.perturbed_runs)]
     return [(each, inputs) if parameters else ({}, {**inputs, **each}) for each in moved]
 
 

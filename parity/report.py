@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from parity import page
 from parity.options import LEVELS
 
 WIDTH = 120
@@ -32,6 +33,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
     path.write_text(json.dumps(result, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    (folder / "index.html").write_text(page.render(result), encoding="utf-8")
     console = Console()
     console.width = max(console.width, WIDTH)  # where it is not a terminal: wide enough for a row
     for level, what in LEVELS.items():
@@ -43,7 +45,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
         if "reason" in case:
             console.print(f"[red]{case['name']} in {case['dtype']}[/red]: {case['reason']}")
     console.print(summary(result))
-    console.print(f"report: {path}")
+    console.print(f"report: {path} and index.html")
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from foldcore.config import Config
 from parity.case import Case, Run, Setting, draw, flip
 from parity.module_cases import draw_parameter
 from parity.module_run import Module
-from parity.step_runs import SECTIONS, SMALL, batches, program
+from parity.step_runs import SECTIONS, SMALL, Program, batches, program
 from parity.tracks import Arrays
 
 STEP = 20  # after the warm-up
@@ -28,36 +28,46 @@ class OptimiserStep:
     config: Config = SMALL
 
     def make(self) -> tuple[Arrays, dict[str, Arrays]]:
-        """Parameters, and a batch with both moments: those of gradients of the size of the clip."""
+        """Parameters, and a batch with both moments."""
         module = Module(lambda track: {"": track.model_of(self.config.model)}, lambda *_: None)
         shapes = module.shapes()
         random = np.random.default_rng(0)
         parameters = {name: draw_parameter(random, name, shapes[name]) for name in sorted(shapes)}
+        return parameters, {"": next(batches(self.config)) | self.moments(parameters)}
+
+    def moments(self, parameters: Arrays) -> Arrays:
+        """Both moments as flat buffers, as if the clip's length were spread over all parameters."""
         size = sum(array.size for array in parameters.values())
         usual = self.config.optimizer.clip_norm / size**0.5  # of one element of the gradient
-        moments = {"mu": draw("mu", (size,), usual), "nu": draw("nu", (size,), usual) ** 2}
-        return parameters, {"": next(batches(self.config)) | moments}
+        return {"mu": draw("mu", (size,), usual), "nu": draw("nu", (size,), usual) ** 2}
 
     def run(self, package: str, setting: Setting) -> Run:
         """In one track."""
 
-        def run(parameters: Arrays, inputs: Arrays) -> Arrays:
-            step = program(package, self.config, setting)
-            batch = {name: x for name, x in inputs.items() if name not in MOMENTS}
-            start = step.layout.flatten(parameters).astype(setting.wide)
-            average = start + start.dtype.type(0.01)
-            moments = {name: inputs[name] for name in MOMENTS}
-            state = step.state(STEP - 1, params=start, ema=average, **moments)
-            updated, logged = step.fetch(step(state, batch))
-            before = {"params": start, "ema": average, "mu": 0.0, "nu": 0.0}
-            found = {f"output {name}": np.asarray(value) for name, value in logged.items()}
-            for section in SECTIONS:
-                moved = getattr(updated, section) - before[section]
-                for name, array in step.layout.unflatten(moved).items():
-                    found[f"output {section} {name}"] = array
-            return found
+        return lambda parameters, inputs: moves(
+            program(package, self.config, setting), parameters, inputs
+        )
 
-        return run
+
+def moves(step: Program, parameters: Arrays, inputs: Arrays) -> Arrays:
+    """What a step changes, by section and parameter, and what it logs."""
+    batch = {name: x for name, x in inputs.items() if name not in MOMENTS}
+    start = step.layout.flatten(parameters).astype(step.setting.wide)
+    average = start + start.dtype.type(0.01)
+    moments = {name: inputs[name] for name in MOMENTS}
+    state = step.state(STEP - 1, params=start, ema=average, **moments)
+    updated, logged = step.fetch(step(state, batch))
+    before = {"params": start, "ema": average, "mu": 0.0, "nu": 0.0}
+    found = {
+        f"output {name}": np.asarray(value)
+        for name, value in logged.items()
+        if not name.startswith("output ")
+    }
+    for section in SECTIONS:
+        moved = getattr(updated, section) - before[section]
+        for name, array in step.layout.unflatten(moved).items():
+            found[f"output {section} {name}"] = array
+    return found
 
 
 def cases() -> list[Case]:

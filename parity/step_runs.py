@@ -87,16 +87,37 @@ def batches(config: Config) -> Iterator[Arrays]:
         yield from loader
 
 
-class Program:
-    """The compiled training step of one track."""
+class Observed:
+    """A network that keeps the outputs of its last call."""
 
-    def __init__(self, track: Track, config: Config, setting: Setting) -> None:
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self.outputs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.outputs = self._network(*arguments)
+        return self.outputs
+
+
+class Program:
+    """The compiled training step of one track.
+
+    With ``observed`` the model's outputs are among what the step logs.
+    """
+
+    def __init__(self, track: Track, config: Config, setting: Setting, observed: bool) -> None:
         config = with_setting(config, setting)
         self.track, self.config, self.setting = track, config, setting
         self.network = track.step.Network(config.model)
+        if observed:
+            self.network = Observed(self.network)
         track.distributed.initialize()
         self.mesh = track.distributed.make_mesh(config.train.batch_size)
-        function = functools.partial(track.train.train_step, self.network, config)
+        update = self._observe if observed else track.train.train_step
+        function = functools.partial(update, self.network, config)
         self._step = track.step.CompiledStep(function, config, self.mesh, donate=True)
 
     @property
@@ -112,12 +133,11 @@ class Program:
 
     def __call__(self, state: Any, batch: Arrays) -> tuple[Any, dict[str, Any]]:
         """The next state, and what is logged; ``state`` is used up."""
-        wide = {
-            n: x.astype(self.setting.wide) if x.dtype == np.float32 else x for n, x in batch.items()
-        }
+        wide = self.setting.wide
+        cast = {n: x.astype(wide) if x.dtype == np.float32 else x for n, x in batch.items()}
         self.track.ops.use(self.setting.implementation)
         try:
-            return self._step(state, self.track.distributed.place(self.mesh, wide))
+            return self._step(state, self.track.distributed.place(self.mesh, cast))
         finally:
             self.track.ops.use("reference")
 
@@ -125,8 +145,23 @@ class Program:
         """On the host."""
         return self.track.step.fetch(tree)
 
+    def _observe(self, network: Any, config: Config, state: Any, batch: Any) -> Any:
+        """``train_step`` with a ``loss_fn`` that also logs the outputs."""
+        train = self.track.train
+        original = train.loss_fn
+
+        def loss_fn(*arguments: Any) -> Any:
+            loss, logged = original(*arguments)
+            return loss, logged | {f"output {n}": x for n, x in network.outputs.items()}
+
+        train.loss_fn = loss_fn
+        try:
+            return train.train_step(network, config, state, batch)
+        finally:
+            train.loss_fn = original
+
 
 @functools.cache
-def program(package: str, config: Config, setting: Setting) -> Program:
+def program(package: str, config: Config, setting: Setting, observed: bool = False) -> Program:
     """Compiled once for all cases of a process."""
-    return Program(Track(package), config, setting)
+    return Program(Track(package), config, setting, observed)

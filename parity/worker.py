@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import torch
 
-from parity import ladder
+from parity import ladder, trajectory
 from parity.case import Case, Setting
 from parity.judge import examine
 from parity.options import Options
@@ -30,13 +30,13 @@ def main(options: Options) -> None:
     """Judge every case, print a line for each, write the report."""
     configure(options)
     entries: list[dict[str, Any]] = []
-    for case in chosen(options):
-        start = time.perf_counter()
-        for entry in verdicts(case, options):
-            entry["seconds"], start = time.perf_counter() - start, time.perf_counter()
-            entries.append(entry)
-            print(line(entry), flush=True)
-    result = {"cases": entries, "curves": {}, "environment": environment()}
+    curves: dict[str, Any] = {}
+    start = time.perf_counter()
+    for entry in verdicts(options, curves):
+        entry["seconds"], start = time.perf_counter() - start, time.perf_counter()
+        entries.append(entry)
+        print(line(entry), flush=True)
+    result = {"cases": entries, "curves": curves, "environment": environment()}
     Path(options.report).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -55,28 +55,43 @@ def chosen(options: Options) -> list[Case]:
     """The cases that the options ask for."""
     return [
         case
-        for case in ladder.cases()
+        for case in ladder.cases(options)
         if case.level in options.levels
         and options.dtype in case.dtypes
         and re.search(options.pattern, case.name)
     ]
 
 
-def verdicts(case: Case, options: Options) -> Iterator[dict[str, Any]]:
-    """The report's entries of a case; one that says why, where the case breaks down."""
-    setting = Setting(options.dtype, options.device)
-    try:
-        for verdict in examine(case, setting, shim.available()):
+def verdicts(options: Options, curves: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The report's entries; one that says why, where a case breaks down. Fills ``curves``."""
+    setting = Setting(options.dtype, options.device, implementation(options))
+    for case in chosen(options):
+        try:
+            for verdict in examine(case, setting, shim.available()):
+                yield verdict.entry()
+        except Exception as error:  # the other cases still have something to say
+            yield failure(case.name, case.level, options.dtype, error)
+    if 4 in options.levels and not options.config and re.search(options.pattern, trajectory.NAME):
+        try:
+            verdict, drawn = trajectory.Trajectory(setting, options.steps).judge()
+            curves.update(drawn)
             yield verdict.entry()
-    except Exception as error:  # the other cases still have something to say
-        traceback.print_exc()
-        yield failure(case, options.dtype, error)
+        except Exception as error:
+            yield failure(trajectory.NAME, 4, options.dtype, error)
 
 
-def failure(case: Case, dtype: str, error: Exception) -> dict[str, Any]:
+def implementation(options: Options) -> str:
+    """Of the operations, if an override names one."""
+    named = [o.partition("=") for o in options.overrides]
+    found = [value.strip("'\"") for key, _, value in named if key == "model.implementation"]
+    return found[-1] if found else "reference"
+
+
+def failure(name: str, level: int, dtype: str, error: Exception) -> dict[str, Any]:
     """The entry of a case that could not be judged."""
+    traceback.print_exception(error)
     unknown = dict.fromkeys(("error_jax", "error_torch", "difference", "ratio"))
-    entry = {"name": case.name, "level": case.level, "dtype": dtype, "passed": False}
+    entry = {"name": name, "level": level, "dtype": dtype, "passed": False}
     return {**entry, **unknown, "reason": f"{type(error).__name__}: {error}"}
 
 

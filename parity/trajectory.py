@@ -1,0 +1,125 @@
+"""Level 4: a training run in both tracks, with dropout, from the same weights on the same batches.
+
+The batches come from the loader: crops of real proteins, whose recycling passes, masks, templates
+and clamping vary. Rounding differs between the tracks, and training amplifies it; how far the
+curves of equal runs drift apart is measured, on runs whose initial weights differ by half a unit in
+the last place.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from foldcore.config import Config
+from parity.case import Setting
+from parity.judge import Row, Verdict
+from parity.noise import FLOORS, ROUNDING, half_unit
+from parity.step_runs import SMALL, Program, batches, program
+from parity.tracks import TRUNK, Arrays
+
+NAME = "training run"
+METRICS = ("loss/total", "grad_norm")
+PERTURBED_RUNS = 4
+MUTATED_STEPS = 10  # a fault in a run shows at once
+PACKAGES = {"jax": "jaxfold", "torch": "torchfold"}
+Curves = dict[str, np.ndarray]
+
+
+@dataclass
+class Trajectory:
+    """Runs of a configuration in one precision."""
+
+    setting: Setting
+    steps: int
+    config: Config = SMALL
+
+    def __post_init__(self) -> None:
+        self.programs = {
+            name: program(p, self.config, self.setting) for name, p in PACKAGES.items()
+        }
+        self.batches = list(islice(batches(self.config), self.steps))
+        network = self.programs["jax"].network
+        self.start = network.initialize(self.config.train.seed).astype(self.setting.wide)
+
+    def judge(self) -> tuple[Verdict, dict[str, Any]]:
+        """The verdict, and the curves for the report."""
+        found = {name: self.run(name, self.start, self.batches) for name in PACKAGES}
+        others = [
+            self.run("jax", self.perturbed(seed), self.batches) for seed in range(PERTURBED_RUNS)
+        ]
+        rows = self.rows(found, others)
+        verdict = Verdict(NAME, 4, self.setting.dtype, rows, oracle=False)
+        verdict.unnoticed = [name for name in PACKAGES if not self.notices(name, found, others)]
+        return verdict, {f"{NAME} {self.setting.dtype}": self.curves(found, others)}
+
+    def run(self, name: str, start: np.ndarray, batches: list[Arrays]) -> Curves:
+        """Train in one track: what is logged, step by step, and the weights at the end."""
+        step: Program = self.programs[name]
+        zeros = np.zeros_like(start)
+        state = step.state(0, params=start, mu=zeros, nu=zeros, ema=start)
+        logged: list[dict[str, float]] = []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            logged.append({key: float(step.fetch(metrics[key])) for key in METRICS})
+        curves = {key: np.array([row[key] for row in logged]) for key in METRICS}
+        return curves | {"weights": step.fetch(state).params}
+
+    def perturbed(self, seed: int) -> np.ndarray:
+        """Initial weights of which about half move by a unit in the last place."""
+        dtype, layout = self.setting.dtype, self.programs["jax"].layout
+        random = np.random.default_rng(seed)
+        moved = {}
+        for name, array in layout.unflatten(self.start).items():
+            precision = dtype if name.startswith(TRUNK) else self.setting.wide
+            sign = random.choice([-1.0, 1.0], array.shape)
+            moved[name] = array + 2 * half_unit(array, precision) * sign * random.integers(
+                0, 2, array.shape
+            )
+        flat = np.concatenate([moved[name].ravel() for name in layout.names])
+        return flat.astype(self.start.dtype)
+
+    def rows(self, found: dict[str, Curves], others: list[Curves]) -> list[Row]:
+        """Distances between the tracks in units of the drift of equal runs."""
+        rows = []
+        for name, jax in found["jax"].items():
+            size = float(np.abs(jax).max())
+            floor = max(distance(other[name], jax) for other in others)
+            yardstick = max(floor, ROUNDING[self.setting.wide] * size)
+            apart = distance(found["torch"][name], jax)
+            rows.append(Row(name, None, None, apart / size, apart / yardstick, FLOORS))
+        return rows
+
+    def notices(self, name: str, found: dict[str, Curves], others: list[Curves]) -> bool:
+        """Whether the same comparison fails once one track draws other dropout masks."""
+        few = [
+            {**batch, "example_id": batch["example_id"] + 1}
+            for batch in self.batches[:MUTATED_STEPS]
+        ]
+        broken = {**found, name: self.run(name, self.start, few)}
+        short = {track: cut(curves) for track, curves in broken.items()}
+        rows = self.rows(short, [cut(other) for other in others])
+        return any(row.ratio > row.limit for row in rows)
+
+    def curves(self, found: dict[str, Curves], others: list[Curves]) -> dict[str, Any]:
+        """Loss by step in both tracks, and how far equal runs are apart there."""
+        loss = "loss/total"
+        drift = np.max([np.abs(other[loss] - found["jax"][loss]) for other in others], axis=0)
+        passes = [int(batch["num_iter_recycling"][0]) for batch in self.batches]
+        return {
+            **{track: curves[loss].tolist() for track, curves in found.items()},
+            "drift": drift.tolist(),
+            "recycling": passes,
+        }
+
+
+def distance(one: np.ndarray, two: np.ndarray) -> float:
+    """The largest between two curves; infinite where one is not finite."""
+    found = float(np.abs(one - two).max())
+    return found if np.isfinite(found) else np.inf
+
+
+def cut(curves: Curves) -> Curves:
+    """The first steps of what is logged."""
+    return {name: curves[name][:MUTATED_STEPS] for name in METRICS}
