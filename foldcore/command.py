@@ -13,6 +13,7 @@ from foldcore.data.share import ShareError
 from foldcore.data.slots import SlotsError
 from foldcore.deepmind import ParameterFileError
 from foldcore.errors import DataError
+from foldcore.kernels.cases import WrongKernel
 from foldcore.layout import LayoutError
 from foldcore.runlog import NonFiniteError
 
@@ -29,6 +30,7 @@ USER_ERRORS = (
     LayoutError,
     ParameterFileError,
     NonFiniteError,
+    WrongKernel,
 )
 
 

@@ -9,10 +9,12 @@ from jax import Array
 
 from foldcore.kernels.cases import CASES, Case
 from jaxfold import ops
+from jaxfold._triton import architecture
 
 
 def run() -> None:
     """Raise WrongKernel for the first kernel whose results differ."""
+    architecture()  # says what is missing where no kernel can run
     arrays = [case.draw() for case in CASES]
     for case, errors in zip(CASES, jax.device_get(jax.jit(_every_error)(arrays)), strict=True):
         case.check({name: float(error) for name, error in errors.items()})

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from foldcore.kernels.launch import Launch
+from foldcore.kernels.launch import NEEDS_GPU, Launch
+from jaxfold.ops import UnsupportedOp
 
 
 def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
@@ -50,7 +51,7 @@ def architecture() -> int:
     """Compute capability as foldcore's tables of launch sizes are keyed, 90 for an H100."""
     device = jax.local_devices()[0]
     if device.platform != "gpu":
-        raise NotImplementedError(f"JAX runs Triton kernels on a GPU, not on {device.platform}")
+        raise UnsupportedOp(NEEDS_GPU)
     return int(float(device.compute_capability) * 10)
 
 

@@ -30,7 +30,7 @@ from foldcore.runlog import NonFiniteError, RunLog, Window, check_config, closin
 from jaxfold import distributed
 from jaxfold.heads import compute_plddt
 from jaxfold.losses import alphafold_loss
-from jaxfold.ops import UnsupportedOp
+from jaxfold.ops import UnsupportedOp, self_test
 from jaxfold.optimizer import adam, clip_by_global_norm, ema_decay, learning_rate
 from jaxfold.primitives import DropoutKey
 from jaxfold.step import (
@@ -171,6 +171,8 @@ def train(config: Config, command: str) -> None:
         ) as loader,
     ):
         mesh, network = distributed.make_mesh(settings.batch_size), Network(config.model)
+        if config.model.implementation == "triton":
+            self_test()
         writer = CheckpointWriter(folder / "checkpoints", settings.keep, enabled=rank == 0)
         evaluation = EvaluationSet(
             config, loader.datasets[0], distributed.replicas(mesh), distributed.process()

@@ -25,6 +25,7 @@ from foldcore.runlog import RunLog
 from tests import small_step
 from tests.conftest import ROOT
 from tests.torch_twin import TORCH_THREADS
+from torchfold import ops
 
 CONFIG = "tests/data/tiny.toml"
 TIMED = ("examples_per_s", "data_wait", "loader/")  # all that may differ between equal runs
@@ -171,6 +172,16 @@ def test_non_finite_stops_the_run_and_keeps_the_batch(tmp_path: Path, capsys) ->
     assert "loss/plddt is not finite at step 1" in capsys.readouterr().err
     assert not checkpoint.list_checkpoints(tmp_path / "bad" / "checkpoints")
     assert list((tmp_path / "bad").glob("non_finite_step_00000001_*.npz"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_without_a_gpu_are_refused_in_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    status = torchfold.train.main(arguments(tmp_path, "refused", "model.implementation=triton"))
+    ops.use("reference")
+    errors = capsys.readouterr().err
+    assert status == 2 and errors.startswith("error: model.implementation=")
+    assert "needs an NVIDIA GPU" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -262,7 +262,11 @@ def test_a_changed_configuration_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.sed=1", "did you mean 'train.seed'"), ("data.path=/absent", "no such folder")],
+    [
+        ("train.sed=1", "did you mean 'train.seed'"),
+        ("data.path=/absent", "no such folder"),
+        ("model.implementation=triton", "needs an NVIDIA GPU"),
+    ],
 )
 def test_a_mistake_is_one_line_and_status_2(program: Program, override: str, message: str) -> None:
     status, _, errors = program.run("mistake", override)

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from foldcore.kernels.cases import CASES, Case
 from torchfold import ops
+from torchfold._triton import architecture
 
 
 def run(device: torch.device) -> None:
     """Raise WrongKernel for the first kernel whose results differ."""
+    architecture(device)  # says what is missing where no kernel can run
     for case in CASES:
         kernel = _results(case, "triton", torch.bfloat16, device)
         plain = _results(case, "reference", torch.float32, device)

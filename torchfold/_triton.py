@@ -1,11 +1,13 @@
 """How PyTorch launches a Triton kernel."""
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
-from foldcore.kernels.launch import INTERPRETER, Launch, Output
+from foldcore.kernels.launch import INTERPRETER, NEEDS_GPU, Launch, Output
+from torchfold.ops import UnsupportedOp
 
 
 def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -28,7 +30,11 @@ def _allocate(output: Output, device: torch.device) -> Tensor:
 
 def architecture(device: torch.device) -> int:
     """Compute capability as foldcore's tables of launch sizes are keyed, 90 for an H100."""
-    return _capability(device.index or 0) if device.type == "cuda" else INTERPRETER
+    if device.type == "cuda":
+        return _capability(device.index or 0)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return INTERPRETER
+    raise UnsupportedOp(NEEDS_GPU)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ from foldcore.runlog import NonFiniteError, RunLog, Window, check_config, closin
 from torchfold import distributed
 from torchfold.heads import compute_plddt
 from torchfold.losses import alphafold_loss
-from torchfold.ops import UnsupportedOp
+from torchfold.ops import UnsupportedOp, self_test
 from torchfold.optimizer import adam, clip_by_global_norm, ema_decay, learning_rate
 from torchfold.primitives import DropoutKey
 from torchfold.step import (
@@ -169,6 +169,8 @@ def train(config: Config, command: str) -> None:
         ) as loader,
     ):
         mesh, network = distributed.make_mesh(settings.batch_size), Network(config.model)
+        if config.model.implementation == "triton":
+            self_test()
         writer = CheckpointWriter(folder / "checkpoints", settings.keep, enabled=rank == 0)
         evaluation = EvaluationSet(
             config, loader.datasets[0], distributed.replicas(mesh), distributed.process()

@@ -12,6 +12,7 @@ from typing import Any
 
 # Sizes of a launch by architecture: compute capability as an integer, 90 for H100 and H200.
 INTERPRETER = 0  # "architecture" of tensors on the host
+NEEDS_GPU = 'model.implementation="triton" needs an NVIDIA GPU; use "reference" here'
 
 
 @dataclass(frozen=True)
