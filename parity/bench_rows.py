@@ -1,4 +1,4 @@
-"""Benchmarks of LayerNorm, transition and triangle multiplication, and sweeps of launch sizes."""
+"""Benchmarks of kernels other than attention, and sweeps of their launch sizes."""
 
 import functools
 import itertools
@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldcore.kernels import layer_norm, rows, transition, triangle, triangle_backward
+from foldcore.kernels import (
+    layer_norm,
+    outer_product,
+    rows,
+    transition,
+    triangle,
+    triangle_backward,
+)
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.layer_norm import Sizes
 from foldcore.kernels.rows import Tiles
@@ -21,6 +28,7 @@ from torchfold._triton import call
 Array = tuple[str, tuple[int, ...]]
 NORMS = ((65536, 128), (32768, 256), (262144, 64), (256, 384))
 TRANSITIONS = (("pair", 65536, 128, 512), ("msa", 32768, 256, 1024), ("extra msa", 262144, 64, 256))
+OUTER = (("msa", 128, 256, 32, 128), ("extra msa", 1024, 256, 32, 128))  # sequences, residues, c, z
 TRIANGLES = ((1, 256, 128, 128), (4, 256, 64, 64), (1, 384, 128, 128))  # b, residues, c, hidden
 
 
@@ -62,6 +70,18 @@ def triangle_arrays(b: int, n: int, c: int, h: int) -> dict[str, Array]:
     return arrays | {name: parameter(name, c, h) for name in torch_ops.TriangleParameters._fields}
 
 
+def outer_arrays(s: int, n: int, c: int, z: int) -> dict[str, Array]:
+    """The arrays of an outer product mean."""
+    projected: Array = "normal", (1, s, n, c)
+    return {
+        "left": projected,
+        "right": projected,
+        "mask": ("mask", (1, s, n)),
+        "weights": ("weights", (c, c, z)),
+        "bias": ("normal", (z,)),
+    }
+
+
 def parameter(name: str, c: int, h: int) -> Array:
     """What a field of TriangleParameters holds."""
     part, _, kind = name.rpartition("_")
@@ -82,6 +102,11 @@ def benchmarks() -> Iterator[Benchmark]:
         forward, backward = Cost(4 * n * c, 4 * n * c * f), Cost(6 * n * c, 8 * n * c * f)
         shape, arrays = f"{name} {n}x{c}x{f}", transition_arrays(n, c, f)
         yield _benchmark("transition", shape, arrays, forward, backward, {"residual": True})
+    for name, s, n, c, z in OUTER:
+        moved, pairs = 4 * s * n * c + 2 * n * n * z, 2 * n * n * c * c
+        forward, backward = Cost(moved, pairs * (s + z)), Cost(2 * moved, 2 * pairs * (s + z))
+        shape, arrays = f"{name} {s}x{n}x{c}x{c}x{z}", outer_arrays(s, n, c, z)
+        yield _benchmark("outer_product_mean", shape, arrays, forward, backward, {})
     for (b, n, c, h), outgoing in itertools.product(TRIANGLES, (True, False)):
         p = b * n * n
         operations = 2 * p * (5 * c * h + c * c + n * h)
@@ -175,11 +200,19 @@ def _output_kind(
     return b, (n, n), c, h, *KIND
 
 
+def _outer_shape(shape: tuple[int, int, int]) -> outer_product.Shape:
+    n, c, z = shape
+    return outer_product.Shape(n, n, c, c, z)
+
+
 LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "norm forward": lambda s, t: layer_norm.forward(s[0], s[1], *KIND, t),
     "norm backward": lambda s, t: layer_norm.backward(s[0], s[1], *KIND, t),
     "transition forward": lambda s, t: transition.forward(s[0], s[1], s[2], *KIND, True, t),
     "transition backward": lambda s, t: transition.backward(s[0], s[1], s[2], *KIND, True, t),
+    "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, t),
+    "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
+    "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
     "triangle project": lambda s, t: triangle.project(*_kind(s), tiles=t),
     "triangle output": lambda s, t: triangle.output(
         *_output_kind(s), has_factor=True, residual=True, tiles=t
@@ -211,6 +244,19 @@ def _transition_backward_inputs(shape: tuple[int, int, int]) -> list[Array]:
     return [x, x, *parameters]
 
 
+def _outer_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:
+    n, c, z = shape
+    outer: Array = "normal", (n, c, n, c)
+    dsum: Array = "normal", (n * n, z)
+    count: Array = "mask", (n * n,)
+    weights, bias = list(outer_arrays(1, n, c, z).values())[3:]
+    return {
+        "project": [outer, weights, bias, count],
+        "gradient": [dsum, weights, count],
+        "weights": [outer, dsum],
+    }[kernel]
+
+
 def _triangle_inputs(kernel: str, shape: tuple[int, int, int, int]) -> list[Array]:
     b, n, _, h = shape
     pair, mask, factor, *w = triangle_arrays(*shape).values()
@@ -229,6 +275,9 @@ INPUTS: dict[str, Callable[[Any], list[Array]]] = {
     "norm backward": _norm_backward_inputs,
     "transition forward": _transition_inputs,
     "transition backward": _transition_backward_inputs,
+    "outer project": lambda s: _outer_inputs("project", s),
+    "outer gradient backward": lambda s: _outer_inputs("gradient", s),
+    "outer weights backward": lambda s: _outer_inputs("weights", s),
     "triangle project": lambda s: _triangle_inputs("project", s),
     "triangle output": lambda s: _triangle_inputs("output", s),
     "triangle output backward": lambda s: _triangle_inputs("output backward", s),
@@ -250,20 +299,39 @@ TILES = (
     (128, 64, 8, 3),
     (128, 128, 8, 1),
 )
+OUTER_TILES = (
+    (64, 64, 4, 3),
+    (64, 64, 4, 4),
+    (64, 128, 4, 3),
+    (64, 128, 8, 3),
+    (64, 128, 8, 4),
+    (128, 32, 8, 3),
+    (128, 64, 4, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 2),
+    (128, 128, 8, 3),
+    (256, 32, 8, 3),
+    (256, 64, 8, 3),
+)
 
 
 def candidates() -> Iterator[Candidate]:
     """Sizes worth trying, for each kernel and shape."""
     for shape in NORMS[:3]:
-        for elements, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8)):
-            yield Candidate("norm forward", shape, Sizes(elements, 1, warps))
-        for elements, tiles in itertools.product((2048, 4096, 8192), (1, 4, 8)):
-            yield Candidate("norm backward", shape, Sizes(elements, tiles, 4))
+        for elements, warps in itertools.product((2048, 4096, 8192), (4, 8)):
+            yield Candidate("norm forward", shape, Sizes(elements, warps))
+        for elements, groups in itertools.product((4096, 8192, 16384), (132, 256, 512)):
+            yield Candidate("norm backward", shape, Sizes(elements, elements // 2048, groups))
     shapes: dict[str, list[tuple[int, ...]]] = {
         "transition": [(n, c, f) for _, n, c, f in TRANSITIONS],
         "triangle": list(TRIANGLES[:2]),
+        "outer": [(n, c, z) for _, _, n, c, z in OUTER[:1]],
         "norm": [],
     }
     for kernel in LAUNCHES:
-        for where, tile in itertools.product(shapes[kernel.split()[0]], TILES):
+        kind = kernel.split()[0]
+        tiles = OUTER_TILES if kind == "outer" else TILES
+        for where, tile in itertools.product(shapes[kind], tiles):
             yield Candidate(kernel, where, Tiles(*tile))

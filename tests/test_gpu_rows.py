@@ -1,4 +1,4 @@
-"""LayerNorm, transition, triangle multiplication on a GPU: both tracks, sizes of the model."""
+"""Kernels other than attention on a GPU: both tracks, sizes of the model."""
 
 import math
 import os
@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests import kernel_checks
+from tests import kernel_checks, test_kernels_outer_product
 from tests.test_kernels_jax import check as check_jax
 from tests.test_kernels_rows import (
     layer_norm,
@@ -76,6 +76,23 @@ def test_triangle_multiplication(sizes: dict[str, int], outgoing: bool) -> None:
     check(Case(**{"dtype": BFLOAT16, **sizes}, outgoing=outgoing))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"residues": 256, "sequences": 128},
+        {"residues": 257, "sequences": 1024},
+        {"residues": 129, "sequences": 7, "batch": 2},
+        {"residues": 37, "c": 24, "e": 20, "z": 72},
+        {"residues": 1, "sequences": 1},
+        {"residues": 64, "sequences": 37, "dtype": torch.float32},
+    ],
+    ids=str,
+)
+def test_outer_product_mean(sizes: dict[str, int]) -> None:
+    defaults = {"c": 32, "e": 32, "z": 128, "dtype": BFLOAT16}
+    test_kernels_outer_product.check(test_kernels_outer_product.Case(**defaults | sizes))
+
+
 def test_torch_operations_compile() -> None:
     given = {k: x.cuda() for k, x in transition_arrays((3, 50, 32), 64, seed=0).items()}
     seed = given.pop("seed")
@@ -102,6 +119,8 @@ def jax_function(op: str, **options: bool):  # type: ignore[no-untyped-def]
     def run(implementation: str, **given):  # type: ignore[no-untyped-def]
         if op == "triangle_multiplication":
             given = {k: given[k] for k in ("pair", "pair_mask", "factor", *fields)}
+        elif op == "outer_product_mean":
+            given = {k: given[k] for k in ("left", "right", "mask", "weights", "bias")}
         return getattr(ops, op)(*given.values(), **options, implementation=implementation)
 
     return run
@@ -120,6 +139,11 @@ def test_jax_layer_norm_and_transition() -> None:
     check_jax(jax_function("layer_norm"), norm_arrays((2, 129, 128), seed=0))
     given = transition_arrays((2, 129, 128), 512, seed=0)
     check_jax(jax_function("transition", residual=True), given)
+
+
+def test_jax_outer_product_mean() -> None:
+    case = test_kernels_outer_product.Case(64, sequences=33, c=32, e=32, z=128)
+    check_jax(jax_function("outer_product_mean"), test_kernels_outer_product.arrays(case))
 
 
 def test_jax_operations_add_no_copies() -> None:

@@ -24,15 +24,15 @@ from foldcore.kernels.rows import (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of a tile, and tiles of a group."""
+    """Elements of a tile; most groups, each of as many tiles."""
 
     elements: int
-    tiles: int
     num_warps: int
+    groups: int = 256
 
 
-FORWARD, BACKWARD = Sizes(4096, 1, 4), Sizes(4096, 4, 4)
-_TESTED = Sizes(256, 2, 4)  # in the interpreter: several tiles of small arrays
+FORWARD, BACKWARD = Sizes(4096, 8), Sizes(8192, 4)
+_TESTED = Sizes(256, 4, groups=2)  # in the interpreter: several tiles of small arrays
 
 
 @triton.jit
@@ -108,11 +108,12 @@ def backward(n: int, c: int, dtype: str, architecture: int, sizes: Sizes = BACKW
     """(x [n, c], scale [c], dy [n, c]) -> dx [n, c], sums [g, 2 c] for scale and offset."""
     sizes = _TESTED if architecture == INTERPRETER else sizes
     rows = max(sizes.elements // block(c), 1)
-    groups = cdiv(n, rows * sizes.tiles)
+    tiles = cdiv(cdiv(n, rows), sizes.groups)
+    groups = cdiv(n, rows * tiles)
     return Launch(
         kernel=backward_kernel,
         grid=(groups,),
         outputs=(Output((n, c), dtype), Output((groups, 2 * c), "float32")),
-        constants={"N": n, "C": c, "BLOCK_N": rows, "BLOCK_C": block(c), "TILES": sizes.tiles},
+        constants={"N": n, "C": c, "BLOCK_N": rows, "BLOCK_C": block(c), "TILES": tiles},
         num_warps=sizes.num_warps,
     )

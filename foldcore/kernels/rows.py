@@ -186,7 +186,9 @@ def column_sums_kernel(
 
 def column_sums(n: int, m: int, dtype: str, architecture: int) -> Launch:
     """x [n, m] float32 -> its sum over rows, [m]: the last step of the gradients of vectors."""
-    rows, columns = (16, 16) if architecture == INTERPRETER else (128, 32)
+    rows, columns = min(128, block(n)), 4096 // min(128, block(n))
+    if architecture == INTERPRETER:
+        rows, columns = 16, 64
     return Launch(
         kernel=column_sums_kernel,
         grid=(cdiv(m, columns),),

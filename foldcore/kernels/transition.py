@@ -26,14 +26,14 @@ from foldcore.kernels.rows import (
 
 # (architecture, channels up to) -> sizes
 FORWARD = {
-    (90, 64): Tiles(128, 64, 4, 2),
+    (90, 64): Tiles(64, 64, 4, 2),
     (90, 128): Tiles(128, 64, 8, 3),
-    (90, 256): Tiles(64, 64, 8, 2),
+    (90, 256): Tiles(128, 64, 8, 2),
 }
 BACKWARD = {
-    (90, 64): Tiles(128, 64, 8, 2),
-    (90, 128): Tiles(128, 64, 8, 2),
-    (90, 256): Tiles(64, 32, 8, 2),
+    (90, 64): Tiles(128, 32, 8, 3),
+    (90, 128): Tiles(128, 64, 8, 3),
+    (90, 256): Tiles(128, 32, 8, 2),
 }
 
 

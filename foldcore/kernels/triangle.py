@@ -29,8 +29,8 @@ from foldcore.kernels.rows import (
 )
 
 # (architecture, channels up to) -> sizes
-PROJECT = {(90, 128): Tiles(128, 64, 8, 2)}
-OUTPUT = {(90, 128): Tiles(128, 64, 8, 2)}
+PROJECT = {(90, 64): Tiles(64, 64, 4, 2), (90, 128): Tiles(128, 64, 8, 1)}
+OUTPUT = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(64, 64, 8, 2)}
 
 
 @triton.jit
