@@ -69,6 +69,12 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _plus(x: Array, bias: Array) -> Array:
+    """``x + bias``, where JAX would sum the bias's gradient over all positions in bfloat16."""
+    wide = at_least_float32(x.dtype)
+    return (x.astype(wide) + bias.astype(wide)).astype(x.dtype)
+
+
 def _sum_product(equation: str, *operands: Array) -> Array:
     """Einsum whose sums are taken and returned in at least float32."""
     wide = at_least_float32(operands[0].dtype)
@@ -216,13 +222,14 @@ def triangle_multiplication(
     w, plain = TriangleParameters(*parameters), "reference"
     x = layer_norm(pair, w.norm_scale, w.norm_offset, implementation=plain)
     mask = pair_mask[..., None].astype(x.dtype)
-    left = mask * (x @ w.left + w.left_bias) * jax.nn.sigmoid(x @ w.left_gate + w.left_gate_bias)
-    gate = jax.nn.sigmoid(x @ w.right_gate + w.right_gate_bias)
-    right = mask * (x @ w.right + w.right_bias) * gate
+    gate = jax.nn.sigmoid(_plus(x @ w.left_gate, w.left_gate_bias))
+    left = mask * _plus(x @ w.left, w.left_bias) * gate
+    gate = jax.nn.sigmoid(_plus(x @ w.right_gate, w.right_gate_bias))
+    right = mask * _plus(x @ w.right, w.right_bias) * gate
     product = triangle_product(left, right, outgoing, implementation=plain)
     center = layer_norm(product, w.center_scale, w.center_offset, implementation=plain)
-    update = center @ w.output + w.output_bias
-    update = update * jax.nn.sigmoid(x @ w.gating + w.gating_bias)
+    update = _plus(center @ w.output, w.output_bias)
+    update = update * jax.nn.sigmoid(_plus(x @ w.gating, w.gating_bias))
     return apply_update(pair, update, factor, residual)
 
 
@@ -256,7 +263,7 @@ def transition(
 
         return _rows.transition(x, scale, offset, weights1, bias1, weights2, bias2, residual)
     normal = layer_norm(x, scale, offset, implementation="reference")
-    update = jax.nn.relu(normal @ weights1 + bias1) @ weights2 + bias2
+    update = _plus(jax.nn.relu(_plus(normal @ weights1, bias1)) @ weights2, bias2)
     return x + update if residual else update
 
 

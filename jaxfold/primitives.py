@@ -40,7 +40,7 @@ class Linear(nnx.Module):
         self.bias = parameter((c_out,), "ones" if init == "gating" else "zeros")
 
     def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
-        return x @ self.weights[...] + self.bias[...]
+        return ops._plus(x @ self.weights[...], self.bias[...])
 
 
 class LayerNorm(nnx.Module):
@@ -83,9 +83,10 @@ class Attention(nnx.Module):
         value = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.value_w[...])
         gathered = ops.attention(query, key, value, mask, bias)
         if self.gating:
-            gate = jnp.einsum("bgqc,chd->bgqhd", q_data, self.gating_w[...]) + self.gating_b[...]
-            gathered = gathered * jax.nn.sigmoid(gate)
-        return jnp.einsum("bgqhd,hdo->bgqo", gathered, self.output_w[...]) + self.output_b[...]
+            gate = jnp.einsum("bgqc,chd->bgqhd", q_data, self.gating_w[...])
+            gathered = gathered * jax.nn.sigmoid(ops._plus(gate, self.gating_b[...]))
+        output = jnp.einsum("bgqhd,hdo->bgqo", gathered, self.output_w[...])
+        return ops._plus(output, self.output_b[...])
 
     def within(
         self,
@@ -131,16 +132,18 @@ class GlobalAttention(nnx.Module):
         if axis == 1:
             key, value, mask = (jnp.swapaxes(array, 1, 2) for array in (key, value, mask))
         gathered = ops.global_attention(query, key, value, mask)
-        gate = jnp.einsum("bsrc,chd->bsrhd", x, self.gating_w[...]) + self.gating_b[...]
-        gathered = jnp.expand_dims(gathered, axis) * jax.nn.sigmoid(gate)
-        return jnp.einsum("bsrhd,hdo->bsro", gathered, self.output_w[...]) + self.output_b[...]
+        gate = jnp.einsum("bsrc,chd->bsrhd", x, self.gating_w[...])
+        gate = jax.nn.sigmoid(ops._plus(gate, self.gating_b[...]))
+        gathered = jnp.expand_dims(gathered, axis) * gate
+        output = jnp.einsum("bsrhd,hdo->bsro", gathered, self.output_w[...])
+        return ops._plus(output, self.output_b[...])
 
 
 def _linear(x: Array, weights: Array, bias: Array) -> Array:
     """Sum over the axes of the weights that the bias lacks, as one product of two matrices."""
     summed = weights.ndim - bias.ndim
     rows, inner = x.shape[: x.ndim - summed], math.prod(weights.shape[:summed])
-    product = x.reshape(*rows, inner) @ weights.reshape(inner, -1) + bias.ravel()
+    product = ops._plus(x.reshape(*rows, inner) @ weights.reshape(inner, -1), bias.ravel())
     return product.reshape(*rows, *bias.shape)
 
 
