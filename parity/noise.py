@@ -6,7 +6,7 @@ when every parameter moves by half a unit in the last place, and at least half a
 place of the result, which is rounded itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,28 +21,18 @@ BITS_LESS = {"float32": 0, "bfloat16": 16}  # of the significand, than float32
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 
-def half_unit(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Half a unit in the last place of every value."""
-    if dtype == "float64":
-        return np.spacing(np.abs(np.asarray(array, np.float64))) / 2
-    spacing = np.spacing(np.abs(np.asarray(array, np.float32))).astype(np.float64)
-    return spacing * 2.0 ** BITS_LESS[dtype] / 2
+def perturb(array: np.ndarray, dtype: str, random: np.random.Generator) -> np.ndarray:
+    """Move every value by half a unit in its last place, up or down, and round to that precision.
 
-
-def perturb(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, str], seed: int) -> Arrays:
-    """Move every value by half a unit in its last place, up or down at random.
-
-    Rounding to that precision turns this into a whole unit for about half of the values.
+    A value half way between two others goes to either: half of the values move by a whole unit.
     """
-    random = np.random.default_rng(seed)
-
-    def move(name: str) -> np.ndarray:
-        moved = arrays[name] + half_unit(arrays[name], dtypes[name]) * random.choice(
-            [-1.0, 1.0], arrays[name].shape
-        )
-        return moved.astype(np.float32)
-
-    return {name: move(name) for name in sorted(arrays)}
+    if dtype == "float64":
+        unit = np.spacing(np.abs(np.asarray(array, np.float64)))
+    else:
+        narrow = np.spacing(np.abs(np.asarray(array, np.float32))).astype(np.float64)
+        unit = narrow * 2.0 ** BITS_LESS[dtype]
+    moved = array + unit * random.choice([-1.0, 0.0, 0.0, 1.0], array.shape)
+    return moved.astype(array.dtype)
 
 
 def perturbed(
@@ -55,7 +45,10 @@ def perturbed(
     dtypes = {
         n: setting.dtype if parameters and case.narrow_parameters(n) else setting.wide for n in own
     }
-    moved = [perturb(own, dtypes, seed) for seed in range(case.perturbed_runs)]
+    moved = []
+    for seed in range(case.perturbed_runs):
+        random = np.random.default_rng(seed)
+        moved.append({name: perturb(own[name], dtypes[name], random) for name in sorted(own)})
     return [(each, inputs) if parameters else ({}, {**inputs, **each}) for each in moved]
 
 

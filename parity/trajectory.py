@@ -15,7 +15,7 @@ import numpy as np
 from foldcore.config import Config
 from parity.case import Setting
 from parity.judge import Row, Verdict
-from parity.noise import FLOORS, ROUNDING, half_unit
+from parity.noise import FLOORS, ROUNDING, perturb
 from parity.step_runs import SMALL, Program, batches, program
 from parity.tracks import TRUNK, Arrays
 
@@ -67,18 +67,14 @@ class Trajectory:
         return curves | {"weights": step.fetch(state).params}
 
     def perturbed(self, seed: int) -> np.ndarray:
-        """Initial weights of which about half move by a unit in the last place."""
+        """Initial weights moved by half a unit in the last place."""
         dtype, layout = self.setting.dtype, self.programs["jax"].layout
         random = np.random.default_rng(seed)
         moved = {}
         for name, array in layout.unflatten(self.start).items():
             precision = dtype if name.startswith(TRUNK) else self.setting.wide
-            sign = random.choice([-1.0, 1.0], array.shape)
-            moved[name] = array + 2 * half_unit(array, precision) * sign * random.integers(
-                0, 2, array.shape
-            )
-        flat = np.concatenate([moved[name].ravel() for name in layout.names])
-        return flat.astype(self.start.dtype)
+            moved[name] = perturb(array, precision, random)
+        return np.concatenate([moved[name].ravel() for name in layout.names])
 
     def rows(self, found: dict[str, Curves], others: list[Curves]) -> list[Row]:
         """Distances between the tracks in units of the drift of equal runs."""
