@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,9 @@ Change = Callable[[Arrays, Arrays], tuple[Arrays, Arrays]]
 class Setting:
     """How a track computes."""
 
-    dtype: str = "float64"  # of the trunk; everything else is in at least float32
+    dtype: Any = "float64"  # of the trunk; everything else is in at least float32
     device: str = "cpu"
-    implementation: str = "reference"  # of the operations
+    implementation: Any = "reference"  # of the operations
 
     @property
     def wide(self) -> str:

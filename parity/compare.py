@@ -92,7 +92,8 @@ def cores() -> int:
 
 def run(jobs: list[Options], folder: Path, at_once: int) -> list[dict[str, Any]]:
     """What the processes report; they print as they go."""
-    waiting, running, parts = list(jobs), {}, []
+    waiting, parts = list(jobs), []
+    running: dict[Options, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:

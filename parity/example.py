@@ -7,6 +7,7 @@ atoms, glycine, proline and cysteine. Alignment and masks are random numbers.
 
 from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def make_batch(seed: int = 0, num_iter_recycling: int = 0, ragged_templates: boo
     1e-2 in float32, nothing in float64.
     """
     random = np.random.default_rng(seed)
-    parts = {
+    parts: dict[str, Any] = {
         "example_id": np.int32(seed),
         "num_iter_recycling": np.int32(num_iter_recycling),
         **_structure(random),
@@ -92,7 +93,7 @@ def _structure(random: np.random.Generator) -> Arrays:
         name: np.concatenate([array, np.zeros((total - length, *array.shape[1:]), array.dtype)])
         for name, array in parts.items()
     }
-    return {**padded, "seq_length": np.int32(length)}
+    return {**padded, "seq_length": np.array(length, np.int32)}
 
 
 def _clusters(random: np.random.Generator) -> Arrays:

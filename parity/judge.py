@@ -139,7 +139,7 @@ class Scale:
         self.reference = found["jax"] if exact is None else {**found["jax"], **exact}
         gradients = [x for n, x in self.reference.items() if n.startswith("gradient")]
         self.largest = max((self.size_of(x) for x in gradients), default=0.0)
-        self.spreads: list[dict[str, Arrays]] = []
+        self.spreads: list[Arrays] = []
 
     @staticmethod
     def _largest(array: np.ndarray) -> float:
@@ -153,7 +153,7 @@ class Scale:
         """Take the spread of the perturbed runs of each track as noise."""
         for each in runs:
             far, flips = spread(each, norm_of_difference), spread(each, count_of_differences)
-            self.spreads.append({n: flips[n] if is_step(n) else far[n] for n in far})  # type: ignore
+            self.spreads.append({n: flips[n] if is_step(n) else far[n] for n in far})
 
     def rows(self, found: dict[str, Arrays]) -> list[Row]:
         """The verdict on every array."""
@@ -182,7 +182,7 @@ class Scale:
             rounding = ROUNDING[self.dtype if zero else str(found["torch"][name].dtype)]
             yardstick, limit = max(floor, rounding), FLOORS
             ratio = max(e for e in errors if e is not None) / yardstick
-        return Row(name, *errors, difference, ratio, limit, zero)  # type: ignore[arg-type]
+        return Row(name, errors[0], errors[1], difference, ratio, limit, zero)
 
     def _apart(self, one: np.ndarray, two: np.ndarray) -> float:
         if self.dtype != "float64":
@@ -198,9 +198,9 @@ class Scale:
         difference = count_of_differences(jax, torch)
         most = max(count for count in (*counts, difference) if count is not None)
         if self.dtype == "float64":
-            return Row(name, *counts, difference, most, 0.5, flips=int(most))  # type: ignore
+            return Row(name, counts[0], counts[1], difference, most, 0.5, flips=int(most))
         usual = max(1.0, *(float(each[name]) for each in self.spreads))
-        return Row(name, *counts, difference, most / usual, FLOORS, flips=int(most))  # type: ignore
+        return Row(name, counts[0], counts[1], difference, most / usual, FLOORS, flips=int(most))
 
 
 def is_step(name: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from foldcore.config import ModelConfig
 from parity import example
-from parity.case import Case, Change, disturb, flip, rounded, swap_axes, unmask
+from parity.case import Case, Change, disturb, flip, rounded, scale, swap_axes, unmask
 from parity.module_run import Module, jax_run, torch_run
 from parity.tracks import TRUNK, Arrays, Named, Track
 
@@ -113,7 +113,7 @@ def real(kind: str, inputs: Arrays) -> np.ndarray:
     if axes in ("pair", "prev_pair"):
         return residues[:, :, None] & residues[:, None]
     if axes in ("msa", "extra"):
-        rows = (inputs[f"{axes}_mask"] > 0).any(axis=-1)
+        rows = np.asarray((inputs[f"{axes}_mask"] > 0).any(axis=-1))
         return rows[:, :, None] & residues[:, None]
     if axes == "templates":
         count = inputs["template_aatype"].shape[1]
@@ -304,26 +304,25 @@ def in_scope(name: str, scope: str) -> bool:
 
 
 def _trunk_parts() -> list[Case]:
-    row, extra_row = "msa_row_attention_with_pair_bias", ("extra", "pair", "extra_mask")
-    parts = [
-        (row, row, "msa", ("msa", "pair", "msa_mask"), unmask("msa_mask")),
-        (f"extra {row}", row, "extra", extra_row, swap_axes("pair")),
-    ]
-    msa, extra, pair = ("msa", "msa_mask"), ("extra", "extra_mask"), ("pair", "pair_mask")
-    for name, kind, takes, mutate in (
+    msa, extra, pair = ((kind, f"{kind}_mask") for kind in ("msa", "extra", "pair"))
+    row = "msa_row_attention_with_pair_bias"
+    turned, transition = swap_axes("pair"), "msa_transition"
+    parts: list[tuple[str, str, tuple[str, ...], Change]] = [
+        (row, "msa", ("msa", "pair", "msa_mask"), unmask("msa_mask")),
+        (f"extra {row}", "extra", ("extra", "pair", "extra_mask"), turned),
         ("msa_column_attention", "msa", msa, unmask("msa_mask")),
         ("msa_column_global_attention", "extra", extra, unmask("extra_mask")),
-        ("msa_transition", "msa", msa[:1], None),
-        ("outer_product_mean", "pair", msa, None),
-        ("triangle_multiplication_outgoing", "pair", pair, swap_axes("pair")),
-        ("triangle_multiplication_incoming", "pair", pair, swap_axes("pair")),
-        ("triangle_attention_starting_node", "pair", pair, swap_axes("pair")),
+        (transition, "msa", msa[:1], flip(f"{BLOCK}/{transition}/transition1//weights")),
+        ("outer_product_mean", "pair", msa, flip()),
+        ("triangle_multiplication_outgoing", "pair", pair, turned),
+        ("triangle_multiplication_incoming", "pair", pair, turned),
+        ("triangle_attention_starting_node", "pair", pair, turned),
         ("triangle_attention_ending_node", "pair", pair, unmask("pair_mask")),
-        ("pair_transition", "pair", pair[:1], None),
-    ):
-        parts.append((name, name, kind, takes, mutate))
+        ("pair_transition", "pair", pair[:1], scale(1.25)),
+    ]
     cases = []
-    for name, path, kind, takes, mutate in parts:
+    for name, kind, takes, mutate in parts:
+        path = name.removeprefix("extra ")
         scope = f"{EXTRA_BLOCK if 'extra' in takes else BLOCK}/{path}"
         derive = tuple(take for take in takes if "mask" not in take)
         cases.append(_case(name, _block_part(path, kind, takes), scope, derive, mutate))

@@ -126,5 +126,6 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    loaded = json.loads(sys.argv[1])
-    main(Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in loaded.items()}))
+    given: dict[str, Any] = json.loads(sys.argv[1])
+    lists: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    main(Options(**lists))

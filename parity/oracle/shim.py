@@ -21,8 +21,10 @@ from types import ModuleType
 from typing import Any
 
 MISSING = "alphafold==2.0.0 is not installed: make oracle"
-_MODULES = ("all_atom", "folding", "layer_stack", "lddt", "mapping", "modules", "prng")
-_MODULES += ("quat_affine", "r3", "utils")
+_MODULES = (
+    *("all_atom", "folding", "layer_stack", "lddt", "mapping", "modules", "prng"),
+    *("quat_affine", "r3", "utils"),
+)
 _PLACEHOLDERS = ("NUM_RES", "NUM_MSA_SEQ", "NUM_EXTRA_SEQ", "NUM_TEMPLATES")
 
 
