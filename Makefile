@@ -26,7 +26,7 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup prepare doctor train-jax train-torch test test-slow test-gpu bench-kernels bench-loader lint format oracle clean
+.PHONY: help setup prepare doctor train-jax train-torch test test-slow test-gpu bench-kernels bench-loader bench-store lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -80,6 +80,9 @@ bench-kernels: setup  ## times and errors of the kernels beside their peers, on 
 
 bench-loader: setup  ## the loader beside PyTorch's, with a tail of slow examples (about 3 minutes)
 	@$(BIN)/python -W ignore -m parity.bench_loader $(ARGS)
+
+bench-store: setup  ## the packed store of SOURCE beside its raw files
+	@$(BIN)/python -m parity.bench_store $(SOURCE) $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

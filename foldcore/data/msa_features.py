@@ -149,16 +149,19 @@ def cluster_statistics(
 ) -> tuple[Float[np.ndarray, "s r 23"], Float[np.ndarray, "s r"]]:
     """Profile and mean deletion count of each cluster, its centre included."""
     rows, length = centres.shape
-    cluster = np.concatenate([np.arange(rows), nearest])
-    cell = cluster[:, None] * length + np.arange(length)
-    code = cell * NUM_CLASSES + np.concatenate([centres, extra])
-    counts = np.bincount(code.ravel(), minlength=rows * length * NUM_CLASSES)
-    deletions = np.concatenate([centre_deletions, extra_deletions])
-    at = np.flatnonzero(deletions != 0)  # few
-    sums = np.bincount(cell.ravel()[at], deletions.ravel()[at], minlength=rows * length)
-    members = 1e-6 + np.bincount(cluster, minlength=rows)
-    profile = counts.reshape(rows, length, NUM_CLASSES) / members[:, None, None]
-    return profile, sums.reshape(rows, length) / members[:, None]
+    size = length * NUM_CLASSES
+    column = np.arange(0, size, NUM_CLASSES)
+    code = extra + column + (nearest * size)[:, None]
+    counts = np.bincount(code.ravel(), minlength=rows * size)
+    counts[(centres + column + (np.arange(rows) * size)[:, None]).ravel()] += 1
+    row, at = _nonzero(extra_deletions)  # few
+    cell = nearest[row] * length + at
+    sums = np.bincount(cell, extra_deletions[row, at], minlength=rows * length)
+    members = 1e-6 + (1 + np.bincount(nearest, minlength=rows))[:, None]
+    profile = counts.astype(np.float64).reshape(rows, size)  # numpy divides integers slowly
+    profile /= members
+    mean = (sums.reshape(rows, length) + centre_deletions) / members
+    return profile.reshape(rows, length, NUM_CLASSES), mean
 
 
 def deletion_value(deletions: np.ndarray) -> Float[np.ndarray, "..."]:

@@ -41,6 +41,7 @@ class ArrowFile:
             names = ", ".join(found.names)
             raise DataError(path, None, f"other columns than this version writes: {names}")
         self._batches: dict[int, pa.RecordBatch] = {}
+        self._cells: dict[tuple[int, str], pa.Array] = {}
         self._columns = schema.names
 
     @property
@@ -63,14 +64,18 @@ class ArrowFile:
 
     def cell(self, batch: int, row: int, column: str) -> Any:
         """A cell: text, number or None; bytes come as a buffer into the file."""
-        rows = self.batch(batch)
-        if not 0 <= row < rows.num_rows:
-            reason = f"no row {row} in batch {batch} of {rows.num_rows} rows"
+        if (cells := self._cells.get((batch, column))) is None:
+            cells = self.batch(batch).column(self._columns.index(column))
+            self._cells[batch, column] = cells
+        if not 0 <= row < len(cells):
+            reason = f"no row {row} in batch {batch} of {len(cells)} rows"
             raise DataError(self.path, None, reason)
-        value = rows.column(self._columns.index(column))[row]
-        if pa.types.is_binary(value.type):
-            return value.as_buffer()
-        return value.as_py()
+        value = cells[row]
+        return (
+            value.as_buffer()
+            if type(value) is pa.BinaryScalar and value.is_valid
+            else value.as_py()
+        )
 
     def table(self) -> pa.Table:
         """All rows."""
