@@ -111,8 +111,24 @@ _FLOAT32 = {
     "bias_grad": Tiles(32, 32, 16, 4, 1),
 }
 _INTERPRETED = Tiles(128, 128, 2, 4, 1)
-# bfloat16 by architecture: (kernel, keys up to, padded head width) -> sizes
-_MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {90: {}}
+# bfloat16 by architecture: (kernel, keys up to, padded head width) -> sizes. On H200, by
+# ``parity.bench_kernels sweep=`` over the model's shapes.
+_MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {
+    90: {
+        ("forward", 128, 32): Tiles(64, 128, 8, 4, 2),
+        ("forward", 256, 32): Tiles(128, 64, 8, 4, 3),
+        ("forward", 512, 32): Tiles(64, 64, 8, 4, 3),
+        ("forward", 256, 16): Tiles(64, 32, 1, 4, 1),
+        ("whole_grad", 128, 32): Tiles(64, 128, 1, 4, 3),
+        ("whole_grad", 256, 32): Tiles(64, WHOLE_LIMIT, 1, 8, 2),
+        ("whole_grad", 256, 16): Tiles(32, WHOLE_LIMIT, 1, 4, 2),
+        ("bias_grad", 256, 32): Tiles(64, 64, 32, 4, 3),
+        ("bias_grad", 256, 16): Tiles(64, 64, 32, 4, 3),
+        ("bias_grad", 512, 32): Tiles(64, 64, 32, 4, 2),
+        ("query_grad", 512, 32): Tiles(128, 64, 1, 4, 3),
+        ("key_value_grad", 512, 32): Tiles(64, 128, 1, 4, 2),
+    }
+}
 LENGTH_CLASSES = (128, 256, 512)
 
 
