@@ -45,7 +45,8 @@ def read(store: Path) -> list[RawExample]:
 
 
 def contents(example: RawExample) -> bytes:
-    arrays = (example.positions, example.mask, example.msa, example.deletions)
+    arrays = [example.positions, example.mask, example.msa, example.deletions, example.aatype]
+    arrays += [example.templates[name] for name in example.templates]
     return b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
@@ -144,7 +145,7 @@ def test_every_damaged_byte_is_named_or_harmless(whole: Path, tmp_path: Path) ->
     named = 0
     for name in sorted(p.name for p in whole.iterdir()):
         data = (whole / name).read_bytes()
-        for number in range(25):
+        for number in range(40):
             store = tmp_path / f"{name}-{number}"
             shutil.copytree(whole, store)
             damaged = bytearray(data)
@@ -156,7 +157,7 @@ def test_every_damaged_byte_is_named_or_harmless(whole: Path, tmp_path: Path) ->
                 assert str(store) in str(error) and error.reason
                 named += 1
             shutil.rmtree(store)
-    assert named > 40
+    assert named > 60
 
 
 @pytest.mark.parametrize(

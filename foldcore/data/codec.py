@@ -56,6 +56,16 @@ def encode_sparse(array: Shaped[np.ndarray, "n r"]) -> bytes:
     return _blob(SPARSE, array, 6, len(at), payload)
 
 
+def encode_text(text: str) -> bytes:
+    """Pack a text; :func:`decode_text` gives it back."""
+    return encode(np.frombuffer(text.encode(), np.uint8)[None])
+
+
+def decode_text(blob: Any) -> str:
+    """Unpack a text."""
+    return decode(blob).tobytes().decode()
+
+
 def decode(blob: Any, mask: np.ndarray | None = None) -> np.ndarray:
     """Unpack a blob (any buffer); ``mask`` as given to :func:`encode`."""
     coding, dtype, shape, width, count, payload = _open(memoryview(blob))

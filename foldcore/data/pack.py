@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt16
 
 from foldcore import constants
-from foldcore.data.codec import encode, encode_sparse
+from foldcore.data.codec import encode, encode_sparse, encode_text
 from foldcore.data.hhr import read_hhr
 from foldcore.data.hits import dump_hits, pack_hits
 from foldcore.data.inventory import Input, alignment_inputs
@@ -29,7 +29,7 @@ from foldcore.data.report import Reject
 from foldcore.data.scan import entity_ids
 from foldcore.data.shards import write_rows
 from foldcore.data.store import ALIGNMENTS
-from foldcore.data.structures import CHAIN_TEXT, STRUCTURES, Structures
+from foldcore.data.structures import CHAIN_TEXT, STRUCTURES, Structures, text_checksum
 from foldcore.errors import DataError
 
 UNREADABLE_ALIGNMENT = "unreadable alignment"
@@ -132,7 +132,7 @@ def _chain_row(chain: Chain) -> dict[str, Any]:
         else:
             atoms = value.ndim >= 2 and field.name != "mask"
             row[field.name] = encode(value, chain.mask if atoms else None)
-    return row
+    return row | {"checksum": text_checksum(row)}
 
 
 def _alignment_row(
@@ -154,8 +154,8 @@ def _alignment_row(
         "num_rows": len(merged.rows),
         "counts": encode(_counts(merged.rows)),
         "order": encode(order),
-        "files": json.dumps([[len(msa.rows), msa.left_out] for msa in read]),
-        "hits": text,
+        "files": encode_text(json.dumps([[len(msa.rows), msa.left_out] for msa in read])),
+        "hits": encode_text(text),
         "hit_residues": encode(residues),
     }
 

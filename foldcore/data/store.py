@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8, UInt16
 
 from foldcore.constants import num_msa_codes
 from foldcore.data.caches import Caches, ChainInfo, Cluster
-from foldcore.data.codec import decode
+from foldcore.data.codec import decode, decode_text
 from foldcore.data.hits import PackedHit, load_hits
 from foldcore.data.join import Place
 from foldcore.data.layout import Layout
@@ -66,8 +66,8 @@ ALIGNMENTS = pa.schema(
         ("num_rows", pa.int32()),  # that merge() keeps
         ("counts", pa.binary()),  # of each code in each column of the kept rows
         ("order", pa.binary()),  # row of `msa` for every row of every file, end to end
-        ("files", pa.string()),  # JSON: [rows stored, rows left out] of each file
-        ("hits", pa.string()),  # JSON of foldcore.data.hits
+        ("files", pa.binary()),  # JSON: [rows stored, rows left out] of each file
+        ("hits", pa.binary()),  # JSON of foldcore.data.hits
         ("hit_residues", pa.binary()),
     ]
 )
@@ -191,7 +191,7 @@ class Store:
         file, at = self._locate(place)
         try:
             residues = decode(file.cell(at.batch, at.row, "hit_residues"))
-            yield from load_hits(file.cell(at.batch, at.row, "hits"), residues)
+            yield from load_hits(decode_text(file.cell(at.batch, at.row, "hits")), residues)
         except (ValueError, TypeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
@@ -222,7 +222,7 @@ def _alignment(file: ArrowFile, at: Address, sequence: str, max_rows: int) -> Al
         raise ValueError(f"{length} residues, an alignment of shape {rows.shape}")
     if not 0 < count <= len(rows) or rows.max() >= num_msa_codes:
         raise ValueError(f"{count} of {len(rows)} rows, codes up to {rows.max(initial=0)}")
-    files = json.loads(cells["files"])
+    files = json.loads(decode_text(cells["files"]))
     left_out = sum(left + max(stored - max_rows, 0) for stored, left in files)
     if any(stored > max_rows for stored, _ in files):
         kept = _merge_again(rows, decode(cells["order"]), [stored for stored, _ in files], max_rows)

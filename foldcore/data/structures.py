@@ -1,6 +1,7 @@
 """The packed structures of a store: every protein chain of every entry, by random access."""
 
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from foldcore.errors import DataError
 CHAIN_TEXT = tuple(field.name for field in fields(Chain) if field.type is str)
 STRUCTURES = pa.schema(
     [(f.name, pa.string() if f.name in CHAIN_TEXT else pa.binary()) for f in fields(Chain)]
+    + [("checksum", pa.uint32())]  # of the texts; arrays have their own
 )
 ENTRIES = pa.schema(
     [
@@ -81,11 +83,12 @@ class Structures:
     def atoms(self, address: Address) -> Atoms:
         """What a template needs of the chain at an address."""
         file = self._shard(address.shard)
-        cells = (file.cell(address.batch, address.row, name) for name in Atoms._fields)
+        names = ("positions", "mask", "checksum", *CHAIN_TEXT)
+        cells = {name: file.cell(address.batch, address.row, name) for name in names}
         try:
-            sequence, positions, mask = cells
-            mask = decode(mask)
-            atoms = Atoms(sequence, decode(positions, mask), mask)
+            _check_texts(cells)
+            mask = decode(cells["mask"])
+            atoms = Atoms(cells["sequence"], decode(cells["positions"], mask), mask)
             _check_atoms(*atoms)
         except (ValueError, TypeError, AttributeError) as error:
             raise _unusable(file, address, error) from None
@@ -142,6 +145,8 @@ class Structures:
 
     def _decode(self, file: ArrowFile, at: Address) -> Chain:
         cells = {name: file.cell(at.batch, at.row, name) for name in STRUCTURES.names}
+        _check_texts(cells)
+        del cells["checksum"]
         values = {name: cells.pop(name) for name in CHAIN_TEXT}
         mask = decode(cells.pop("mask"))
         for name, blob in cells.items():
@@ -174,6 +179,16 @@ class Structures:
                 shard_path(self.root, "structures", number), STRUCTURES
             )
         return self._shards[number]
+
+
+def text_checksum(row: Mapping[str, Any]) -> int:
+    """Checksum of the texts of a chain."""
+    return zlib.crc32("\0".join(row[name] for name in CHAIN_TEXT).encode())
+
+
+def _check_texts(row: Mapping[str, Any]) -> None:
+    if row["checksum"] != text_checksum(row):
+        raise ValueError("the checksum of its sequence does not match: damaged")
 
 
 def _check_atoms(sequence: str, positions: np.ndarray, mask: np.ndarray) -> None:
