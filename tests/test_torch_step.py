@@ -210,10 +210,27 @@ def test_the_compiler_sees_one_graph(templates_enabled: bool) -> None:
     assert found.op_count > 500
 
 
-# On a GPU -----------------------------------------------------------------------------------------
+# A compiled step ----------------------------------------------------------------------------------
 
 
-def run_on_gpu(config: Config, batches: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+class ListLoader:
+    """What ``prefetch`` asks of a loader, for batches made beforehand."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        self._batches, self._taken = batches, 0
+
+    def is_ready(self) -> bool:
+        return self._taken < len(self._batches)
+
+    def __next__(self) -> dict[str, Any]:
+        self._taken += 1
+        return self._batches[self._taken - 1]
+
+    def state(self) -> int:
+        return self._taken
+
+
+def run_steps(config: Config, batches: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
     """Metrics and state after each batch."""
     configure(config)
     distributed.initialize()
@@ -224,10 +241,27 @@ def run_on_gpu(config: Config, batches: list[dict[str, Any]]) -> list[dict[str, 
     zeros = np.zeros_like(params)
     start = TrainState(params, zeros, zeros, params, np.zeros((), np.int32))
     state, found = distributed.replicate(mesh, start), []
-    for batch, _, _ in prefetch(((batch, None) for batch in batches), mesh):
+    loader: Any = ListLoader(batches)
+    for _, (batch, _, _) in zip(batches, prefetch(loader, mesh), strict=False):
         state, metrics = step(state, batch)
-        found.append(fetch({**metrics, **state._asdict()}))
+        result = fetch({**metrics, **state._asdict()})  # on a CPU, views of what the next changes
+        found.append({name: np.array(value) for name, value in result.items()})
     return found
+
+
+def test_a_step_that_is_not_finite_is_left_out() -> None:
+    config = toy_config(**ONE_BLOCK)
+    batches = [toy_model.random_batch(seed, passes) for seed, passes in enumerate((1, 0, 0))]
+    batches[1]["target_feat"][:] = np.nan
+    found = run_steps(config, batches)
+    assert [int(one["step"]) for one in found] == [1, 1, 2]
+    assert [float(one["recycling"]) for one in found] == [1, 0, 0]
+    before, left_out, after = (one["params"] for one in found)
+    np.testing.assert_array_equal(left_out, before)
+    assert np.all(np.isfinite(after)) and np.any(after != before)
+
+
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -236,13 +270,14 @@ def run_on_gpu(config: Config, batches: list[dict[str, Any]]) -> list[dict[str, 
 def test_graphs_make_the_step(recompute: str, compiled: str) -> None:
     config = toy_config(recompute=recompute, matmul_precision="ieee")
     batches = [toy_model.random_batch(seed, passes) for seed, passes in enumerate((1, 3, 0, 2))]
-    batches[2]["all_atom_positions"][:] = np.nan  # this update is left out
+    batches[2]["target_feat"][:] = np.nan  # this update is left out
+    changed: list[dict[str, Any]] = [
+        {"cuda_graphs": False, "compile": "none"},
+        {"cuda_graphs": True, "compile": compiled},
+    ]
     eager, graphed = (
-        run_on_gpu(replace(config, train=replace(config.train, **changes)), batches)
-        for changes in (
-            {"cuda_graphs": False, "compile": "none"},
-            {"cuda_graphs": True, "compile": compiled},
-        )
+        run_steps(replace(config, train=replace(config.train, **changes)), batches)
+        for changes in changed
     )
     assert [int(one["step"]) for one in graphed] == [1, 2, 2, 3]
     for index, (one, two) in enumerate(zip(eager, graphed, strict=True)):
@@ -264,4 +299,4 @@ def test_an_operation_that_waits_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     train_loss = train.loss_fn
     monkeypatch.setattr(train, "loss_fn", waiting)
     with pytest.raises(UnsupportedOp, match=r"test_torch_step.py:\d+: .*float\(total"):
-        run_on_gpu(toy_config(), [toy_model.random_batch()])
+        run_steps(toy_config(), [toy_model.random_batch()])
