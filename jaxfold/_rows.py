@@ -38,7 +38,8 @@ def _norm_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Arra
     x, scale = saved
     c = x.shape[-1]
     launch = norm_kernels.backward(x.size // c, c, dtype_name(x), architecture())
-    x_grad, sums = call(launch, x.reshape(-1, c), scale, grad.reshape(-1, c))
+    rows_grad = grad.reshape(-1, c)
+    x_grad, sums = call(launch, x.reshape(-1, c), scale, rows_grad, rows_grad)
     vectors = sum_columns(sums, scale)
     return x_grad.reshape(x.shape), vectors[:c], vectors[c:]
 
@@ -76,18 +77,19 @@ def _transition_backward(
     residual: bool, saved: tuple[Array, ...], grad: Array
 ) -> tuple[Array, ...]:
     x, *parameters = saved
-    bias1 = parameters[3]
-    c, f = parameters[2].shape
-    n = x.size // c
+    scale, _, weights1, bias1, _ = parameters
+    c, f = weights1.shape
+    n, kind = x.size // c, (dtype_name(x), architecture())
     rows, rows_grad = x.reshape(n, c), grad.reshape(n, c)
-    launch = transition_kernels.backward(n, c, f, dtype_name(x), architecture(), residual)
-    x_grad, normalized, hidden, hidden_grad, sums = call(launch, rows, rows_grad, *parameters)
+    launch = transition_kernels.backward(n, c, f, *kind)
+    normalized, hidden, hidden_grad, sums = call(launch, rows, rows_grad, *parameters)
+    launch = norm_kernels.backward(n, c, *kind, residual)
+    x_grad, norm_sums = call(launch, rows, scale, hidden_grad @ weights1.T, rows_grad)
     weights1_grad = jnp.einsum("nc,nf->cf", normalized, hidden_grad)
     weights2_grad = jnp.einsum("nf,nc->fc", hidden, rows_grad)
-    vectors = sum_columns(sums, bias1)
-    bias1_grad, bias2_grad, scale, offset = jnp.split(vectors, (f, f + c, f + 2 * c))
-    weights = (weights1_grad, bias1_grad, weights2_grad, bias2_grad)
-    return x_grad.reshape(x.shape), scale, offset, *weights
+    biases, norm = sum_columns(sums, bias1), sum_columns(norm_sums, scale)
+    weights = (weights1_grad, biases[:f], weights2_grad, biases[f:])
+    return x_grad.reshape(x.shape), norm[:c], norm[c:], *weights
 
 
 transition.defvjp(_transition_forward, _transition_backward)

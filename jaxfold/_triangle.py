@@ -1,14 +1,13 @@
 """``ops.triangle_multiplication`` by Triton kernels."""
 
 import functools
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from foldcore.kernels import triangle, triangle_backward
+from foldcore.kernels import layer_norm, triangle, triangle_backward
 from jaxfold._rows import sum_columns
 from jaxfold._triton import architecture, call, dtype_name
 
@@ -73,23 +72,24 @@ def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[
     product_grad, update_grad, gate_grad, center, output_sums = call(
         launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:]
     )
-    output = jnp.einsum("bph,bpc->hc", center, update_grad)
     grads = _multiply_backward(left, right, product_grad.reshape(b, h, i, j), outgoing)
-    launch = triangle_backward.project_backward(b, i * j, c, h, *kind, residual)
-    weights = (*parameters[:10], parameters[14])
-    pair_grad, normalized, projected_grad, sums = call(
-        launch, pair, mask.astype(jnp.float32), *grads, gate_grad, grad, *weights
+    launch = triangle_backward.project_backward(b, i * j, c, h, *kind)
+    normalized, projected_grad, sums = call(
+        launch, pair, mask.astype(jnp.float32), *grads, *parameters[:10]
     )
     projections = jnp.einsum("bpc,bpw->cw", normalized, projected_grad)
-    bias = parameters[3]
-    first, second = sum_columns(sums, bias), sum_columns(output_sums, bias)
-    ends = tuple(itertools.accumulate((h, h, h, h, c, c)))
-    *biases, scale, offset = jnp.split(first, ends)
-    pairs = zip(jnp.split(projections, ends[:4], axis=1), biases, strict=True)
-    *flat, gating, gating_bias = (x for both in pairs for x in both)
-    output_bias, center_scale, center_offset = jnp.split(second, (c, c + h))
+    gating = jnp.einsum("bpc,bpd->cd", normalized, gate_grad)
+    output = jnp.einsum("bph,bpc->hc", center, update_grad)
+    together = jnp.concatenate(parameters[2:10:2], axis=1)
+    rows_grad = projected_grad @ together.T + gate_grad @ parameters[14].T
+    launch = layer_norm.backward(b * i * j, c, *kind, residual)
+    pair_grad, norm_sums = call(launch, pair, parameters[0], rows_grad, grad)
+    first, second, norm = (sum_columns(x, parameters[3]) for x in (sums, output_sums, norm_sums))
+    pairs = zip(jnp.split(projections, 4, axis=1), jnp.split(first, 4), strict=True)
+    flat = [x for both in pairs for x in both]
+    output_bias, gating_bias, center_scale, center_offset = jnp.split(second, (c, 2 * c, 2 * c + h))
     middle = (center_scale, center_offset, output, output_bias)
-    parameter_grads = (scale, offset, *flat, *middle, gating, gating_bias)
+    parameter_grads = (norm[:c], norm[c:], *flat, *middle, gating, gating_bias)
     factor_grad = None if factor is None else jnp.zeros_like(factor)
     return pair_grad.reshape(pair.shape), jnp.zeros_like(mask), factor_grad, parameter_grads
 

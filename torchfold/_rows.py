@@ -36,7 +36,7 @@ def _layer_norm_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor
     """Gradients by x, and by scale and offset end to end."""
     c = x.shape[-1]
     launch = norm_kernels.backward(x.numel() // c, c, dtype_name(x), architecture(x.device))
-    x_grad, sums = call(launch, x, scale, grad)
+    x_grad, sums = call(launch, x, scale, grad, grad)
     return x_grad.view(x.shape), sum_columns(sums, scale)
 
 
@@ -103,17 +103,24 @@ def _transition_backward(
     bias1: Tensor,
     weights2: Tensor,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by x and the weights; by both biases, scale and offset end to end."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by x, the weights, both biases end to end, scale and offset end to end."""
     c, f = weights1.shape
-    n, arch = x.numel() // c, architecture(x.device)
-    launch = transition_kernels.backward(n, c, f, dtype_name(x), arch, residual)
-    x_grad, normalized, hidden, hidden_grad, sums = call(
+    n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
+    launch = transition_kernels.backward(n, c, f, *kind)
+    normalized, hidden, hidden_grad, sums = call(
         launch, x, grad, scale, offset, weights1, bias1, weights2
     )
-    weights1_grad = normalized.T @ hidden_grad
-    weights2_grad = hidden.T @ grad.reshape(n, c)
-    return x_grad.view(x.shape), weights1_grad, weights2_grad, sum_columns(sums, bias1)
+    normalized_grad = hidden_grad @ weights1.T
+    launch = norm_kernels.backward(n, c, *kind, residual)
+    x_grad, norm_sums = call(launch, x, scale, normalized_grad, grad)
+    weights = normalized.T @ hidden_grad, hidden.T @ grad.reshape(n, c)
+    return (
+        x_grad.view(x.shape),
+        *weights,
+        sum_columns(sums, bias1),
+        sum_columns(norm_sums, scale),
+    )
 
 
 @_transition_backward.register_fake
@@ -126,10 +133,10 @@ def _(
     bias1: Tensor,
     weights2: Tensor,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     c, f = weights1.shape
     weights = weights1.new_empty((c, f)), weights1.new_empty((f, c))
-    return x.new_empty(x.shape), *weights, bias1.new_empty(f + 3 * c)
+    return x.new_empty(x.shape), *weights, bias1.new_empty(f + c), scale.new_empty(2 * c)
 
 
 def _save_transition(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -140,9 +147,11 @@ def _save_transition(ctx, inputs, output) -> None:  # type: ignore[no-untyped-de
 def _transition_gradients(ctx, grad):  # type: ignore[no-untyped-def]
     x, *parameters = ctx.saved_tensors
     c, f = parameters[2].shape
-    x_grad, weights1, weights2, vectors = _transition_backward(x, grad, *parameters, ctx.residual)
-    bias1, bias2, scale, offset = vectors.split((f, c, c, c))
-    return x_grad, scale, offset, weights1, bias1, weights2, bias2, None
+    x_grad, weights1, weights2, biases, norm = _transition_backward(
+        x, grad, *parameters, ctx.residual
+    )
+    bias1, bias2 = biases.split((f, c))
+    return x_grad, *norm.chunk(2), weights1, bias1, weights2, bias2, None
 
 
 transition.register_autograd(_transition_gradients, setup_context=_save_transition)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foldcore.kernels import triangle, triangle_backward
+from foldcore.kernels import layer_norm, triangle, triangle_backward
 from torchfold._rows import sum_columns
 from torchfold._triton import architecture, call, dtype_name
 
@@ -83,9 +83,9 @@ def _backward(
     product: Tensor,
     outgoing: bool,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by pair; by the weights of projections and gate side by side, by the output's; by
-    vectors end to end: of projections, gate, first norm; of output and central norm."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by pair; by the weights of projections side by side, of the gate, of the output; by
+    vectors end to end: of projections; of output, gate and central norm; of the first norm."""
     b, i, j, c = pair.shape
     h = parameters[2].shape[1]
     kind = dtype_name(pair), architecture(pair.device)
@@ -94,17 +94,23 @@ def _backward(
     product_grad, update_grad, gate_grad, center, output_sums = call(
         launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:]
     )
-    output_weights = center.view(-1, h).T @ update_grad.view(-1, c)
     grads = _multiply_backward(left, right, product_grad.view(b, h, i, j), outgoing)
-    launch = triangle_backward.project_backward(b, i * j, c, h, *kind, residual)
-    weights = (*parameters[:10], parameters[14])
-    pair_grad, normalized, projected_grad, sums = call(
-        launch, pair, mask.float(), *grads, gate_grad, grad, *weights
+    launch = triangle_backward.project_backward(b, i * j, c, h, *kind)
+    normalized, projected_grad, sums = call(launch, pair, mask.float(), *grads, *parameters[:10])
+    rows, projected_grad = normalized.view(-1, c), projected_grad.view(-1, 4 * h)
+    gate_grad = gate_grad.view(-1, c)
+    weights = (
+        rows.T @ projected_grad,
+        rows.T @ gate_grad,
+        center.view(-1, h).T @ update_grad.view(-1, c),
     )
-    projections = normalized.view(-1, c).T @ projected_grad.view(-1, 4 * h + c)
+    together = torch.cat(list(parameters[2:10:2]), dim=1)
+    rows_grad = torch.addmm(gate_grad @ parameters[14].T, projected_grad, together.T)
+    launch = layer_norm.backward(len(rows), c, *kind, residual)
+    pair_grad, norm_sums = call(launch, pair, parameters[0], rows_grad, grad)
     bias = parameters[3]
-    vectors = sum_columns(sums, bias), sum_columns(output_sums, bias)
-    return pair_grad.view(pair.shape), projections, output_weights, *vectors
+    vectors = sum_columns(sums, bias), sum_columns(output_sums, bias), sum_columns(norm_sums, bias)
+    return pair_grad.view(pair.shape), *weights, *vectors
 
 
 @_backward.register_fake
@@ -119,11 +125,13 @@ def _(
     product: Tensor,
     outgoing: bool,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c, h = parameters[2].shape
-    shapes = ((c, 4 * h + c), (h, c), (4 * h + 3 * c,), (c + 2 * h,))
-    weights, output_weights, first, second = (parameters[2].new_empty(s) for s in shapes)
-    return pair.new_empty(pair.shape), weights, output_weights, first, second
+    shapes = ((c, 4 * h), (c, c), (h, c), (4 * h,), (2 * (c + h),), (2 * c,))
+    projections, gating, output, first, second, norm = (
+        parameters[2].new_empty(shape) for shape in shapes
+    )
+    return pair.new_empty(pair.shape), projections, gating, output, first, second, norm
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -136,16 +144,14 @@ def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     pair, mask, factor, *rest = ctx.saved_tensors
     parameters, products = rest[: ctx.count], rest[ctx.count :]
     c, h = parameters[2].shape
-    pair_grad, weights, output, first, second = _backward(
+    pair_grad, projections, gating, output, first, second, norm = _backward(
         grad, pair, mask, factor, parameters, *products, ctx.outgoing, ctx.residual
     )
-    widths = (h, h, h, h, c)
-    *biases, scale, offset = first.split((*widths, c, c))
-    pairs = zip(weights.split(widths, dim=1), biases, strict=True)
-    *flat, gating, gating_bias = (x for both in pairs for x in both)
-    output_bias, center_scale, center_offset = second.split((c, h, h))
+    pairs = zip(projections.chunk(4, dim=1), first.chunk(4), strict=True)
+    flat = [x for both in pairs for x in both]
+    output_bias, gating_bias, center_scale, center_offset = second.split((c, c, h, h))
     center = (center_scale, center_offset, output, output_bias)
-    grads = [scale, offset, *flat, *center, gating, gating_bias]
+    grads = [*norm.chunk(2), *flat, *center, gating, gating_bias]
     return pair_grad, None, None, grads, None, None
 
 

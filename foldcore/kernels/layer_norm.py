@@ -61,10 +61,12 @@ def backward_kernel(
     x_ptr,  # [n, c]
     scale_ptr,  # [c]
     dy_ptr,  # [n, c]
+    dresidual_ptr,  # [n, c]: what goes past the norm to dx
     dx_ptr,  # [n, c]
     sums_ptr,  # [g, 2 c]: of the gradients by scale and by offset
     N: tl.constexpr,
     C: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
@@ -84,6 +86,8 @@ def backward_kernel(
         dscale += dy * normal
         doffset += dy
         dx = standardize_backward(dy * scale, normal, rstd, C, 1)
+        if RESIDUAL:
+            dx += load_tile(dresidual_ptr + start * C, left, C, row, column, C, 1).to(tl.float32)
         store_tile(dx_ptr + start * C, dx, left, C, row, column, C, 1)
     column = tl.arange(0, BLOCK_C)
     sums = sums_ptr + group * (2 * C) + column
@@ -104,8 +108,16 @@ def forward(n: int, c: int, dtype: str, architecture: int, sizes: Sizes = FORWAR
     )
 
 
-def backward(n: int, c: int, dtype: str, architecture: int, sizes: Sizes = BACKWARD) -> Launch:
-    """(x [n, c], scale [c], dy [n, c]) -> dx [n, c], sums [g, 2 c] for scale and offset."""
+def backward(
+    n: int,
+    c: int,
+    dtype: str,
+    architecture: int,
+    residual: bool = False,
+    sizes: Sizes = BACKWARD,
+) -> Launch:
+    """(x [n, c], scale [c], dy [n, c], dresidual [n, c]) -> dx [n, c], sums [g, 2 c] for scale and
+    offset. Without ``residual`` the kernel does not read ``dresidual``."""
     sizes = _TESTED if architecture == INTERPRETER else sizes
     rows = max(sizes.elements // block(c), 1)
     tiles = cdiv(cdiv(n, rows), sizes.groups)
@@ -114,6 +126,7 @@ def backward(n: int, c: int, dtype: str, architecture: int, sizes: Sizes = BACKW
         kernel=backward_kernel,
         grid=(groups,),
         outputs=(Output((n, c), dtype), Output((groups, 2 * c), "float32")),
-        constants={"N": n, "C": c, "BLOCK_N": rows, "BLOCK_C": block(c), "TILES": tiles},
+        constants={"N": n, "C": c, "BLOCK_N": rows, "BLOCK_C": block(c), "TILES": tiles}
+        | {"RESIDUAL": residual},
         num_warps=sizes.num_warps,
     )

@@ -138,25 +138,6 @@ def normalized_rows(
 
 
 @triton.jit
-def rows_backward(
-    x_ptr, scale_ptr, gradient, sums_ptr, left, row, C: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Gradient by the rows given to ``normalized_rows`` from that by what it returned.
-
-    Its sums for scale and offset go to ``sums_ptr`` [2, c]. The rows are read a second time: to
-    keep them normalised through a loop of matrix products would take too many registers.
-    """
-    column = tl.arange(0, BLOCK_C)[None, :]
-    index = tl.arange(0, BLOCK_C)
-    x = load_tile(x_ptr, left, C, row, column, C, 1).to(tl.float32)
-    normal, rstd = standardize(x, column < C, C, 1)
-    tl.store(sums_ptr + index, tl.sum(gradient * normal, 0), mask=index < C)
-    tl.store(sums_ptr + C + index, tl.sum(gradient, 0), mask=index < C)
-    gradient *= load_vector(scale_ptr, column, C)
-    return standardize_backward(gradient, normal, rstd, C, 1)
-
-
-@triton.jit
 def load_weights(
     weights_ptr, start, IN: tl.constexpr, OUT: tl.constexpr, BLOCK_IN: tl.constexpr, column
 ):

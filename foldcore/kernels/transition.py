@@ -1,8 +1,8 @@
 """Transition (Suppl. Alg. 9, 15): LayerNorm, two linear layers, residual, in one pass.
 
 The hidden layer is computed some channels at a time and stays on chip. The backward pass computes
-it again, and writes it and its gradient: the gradients of the weights are matrix products over all
-rows, which are left to the library.
+it again, and writes it and its gradient: what follows is matrix products, which are left to the
+library, and the backward pass of LayerNorm.
 
 Legend: n rows, c channels, f hidden channels, t tiles.
 """
@@ -20,7 +20,6 @@ from foldcore.kernels.rows import (
     load_weights,
     normalized_rows,
     product,
-    rows_backward,
     store_tile,
 )
 
@@ -31,8 +30,8 @@ FORWARD = {
     (90, 256): Tiles(128, 64, 8, 2),
 }
 BACKWARD = {
-    (90, 64): Tiles(128, 32, 8, 3),
-    (90, 128): Tiles(128, 64, 8, 3),
+    (90, 64): Tiles(128, 64, 8, 2),
+    (90, 128): Tiles(128, 64, 8, 2),
     (90, 256): Tiles(128, 32, 8, 2),
 }
 
@@ -84,15 +83,13 @@ def backward_kernel(
     weights1_ptr,  # [c, f]
     bias1_ptr,  # [f]
     weights2_ptr,  # [f, c]
-    dx_ptr,  # [n, c]
     normalized_ptr,  # [n, c]
     hidden_ptr,  # [n, f]
     dhidden_ptr,  # [n, f]: by the argument of relu
-    sums_ptr,  # [t, f + 3 c]: by bias1, bias2, scale, offset
+    sums_ptr,  # [t, f + c]: by bias1 and bias2
     N: tl.constexpr,
     C: tl.constexpr,
     F: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -103,12 +100,11 @@ def backward_kernel(
     row = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
     index = tl.arange(0, BLOCK_C)
-    sums = sums_ptr + tile * (F + 3 * C)
+    sums = sums_ptr + tile * (F + C)
     x = normalized_rows(x_ptr + start * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     store_tile(normalized_ptr + start * C, x, left, C, row, column, C, 1)
     dy = load_tile(dy_ptr + start * C, left, C, row, column, C, 1)
     tl.store(sums + F + index, tl.sum(dy.to(tl.float32), 0), mask=index < C)
-    dx = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for f in range(0, F, BLOCK_F):
         hidden_column = tl.arange(0, BLOCK_F)[None, :]
         hidden_row = tl.arange(0, BLOCK_F)[:, None]
@@ -123,12 +119,6 @@ def backward_kernel(
         store_tile(dhidden_ptr + at, dhidden, left, F - f, row, hidden_column, F, 1)
         hidden_index = tl.arange(0, BLOCK_F)
         tl.store(sums + f + hidden_index, tl.sum(dhidden, 0), mask=hidden_index < F - f)
-        dx += product(dhidden.to(x.dtype), tl.trans(weights1))
-    at = sums + F + C
-    dx = rows_backward(x_ptr + start * C, scale_ptr, dx, at, left, row, C, BLOCK_C)
-    if RESIDUAL:
-        dx += load_tile(dy_ptr + start * C, left, C, row, column, C, 1).to(tl.float32)
-    store_tile(dx_ptr + start * C, dx, left, C, row, column, C, 1)
 
 
 def forward(
@@ -159,19 +149,18 @@ def backward(
     f: int,
     dtype: str,
     architecture: int,
-    residual: bool,
     tiles: Tiles | None = None,
 ) -> Launch:
-    """(x, dy, scale, offset, weights1, bias1, weights2) -> dx, normalised x, hidden layer and its
-    gradient [n, f], sums [t, f + 3 c]."""
+    """(x, dy, scale, offset, weights1, bias1, weights2) -> normalised x, hidden layer and its
+    gradient [n, f], sums [t, f + c]."""
     tiles = tiles or choose(BACKWARD, c, dtype, architecture)
     rows, hidden = Output((n, c), dtype), Output((n, f), dtype)
     count = cdiv(n, tiles.rows)
     return Launch(
         kernel=backward_kernel,
         grid=(count,),
-        outputs=(rows, rows, hidden, hidden, Output((count, f + 3 * c), "float32")),
-        constants={"N": n, "C": c, "F": f, "RESIDUAL": residual}
+        outputs=(rows, hidden, hidden, Output((count, f + c), "float32")),
+        constants={"N": n, "C": c, "F": f}
         | {"BLOCK_N": tiles.rows, "BLOCK_C": block(c), "BLOCK_F": tiles.fit(f)},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

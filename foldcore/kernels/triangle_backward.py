@@ -1,7 +1,7 @@
 """Triangle multiplication (Suppl. Alg. 11, 12), all but the third corner's product: backward.
 
-What is cheap is recomputed from the pair representation. The gradients of weights are matrix
-products over all positions, which are left to the library: the kernels write their factors.
+What is cheap is recomputed from the pair representation. The gradients of weights and of the
+normalised pair are matrix products, which are left to the library: the kernels write their factors.
 
 Legend: p positions of an example, c channels of pairs, h channels of the product, t tiles.
 """
@@ -19,7 +19,6 @@ from foldcore.kernels.rows import (
     load_weights,
     normalized_rows,
     product,
-    rows_backward,
     sigmoid,
     standardize,
     standardize_backward,
@@ -50,7 +49,7 @@ def output_backward_kernel(
     dupdate_ptr,  # [b, p, c]: by the output projection
     dgate_ptr,  # [b, p, c]: by the gate's argument
     center_ptr,  # [b, p, h]: the normalised product
-    sums_ptr,  # [b t, c + 2 h]: by output_bias, center_scale, center_offset
+    sums_ptr,  # [b t, 2 c + 2 h]: by output_bias, gating_bias, center_scale, center_offset
     P: tl.constexpr,
     J: tl.constexpr,
     C: tl.constexpr,
@@ -66,7 +65,7 @@ def output_backward_kernel(
     row = tl.arange(0, BLOCK_P)[:, None]
     left = P - start
     first = example * P + start
-    sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (C + 2 * H)
+    sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (2 * C + 2 * H)
     x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     product_start = example * H * P + start
     center = normalized_product(
@@ -102,13 +101,14 @@ def output_backward_kernel(
         store_tile(dupdate_ptr + first * C + c, dupdate, left, C - c, row, column, C, 1)
         index = tl.arange(0, BLOCK_O)
         tl.store(sums + c + index, tl.sum(dupdate, 0), mask=index < C - c)
+        tl.store(sums + C + c + index, tl.sum(dgate, 0), mask=index < C - c)
         dcenter += product(weights, tl.trans(dupdate.to(x.dtype)))
-    # a second time, as in rows_backward
+    # a second time: kept normalised through the loop it would take too many registers
     x = load_tile(product_ptr + product_start, H, left, channel, position, P, 1).to(tl.float32)
     normal, rstd = standardize(x, channel < H, H, 0)
     index = tl.arange(0, BLOCK_H)
-    tl.store(sums + C + index, tl.sum(dcenter * normal, 1), mask=index < H)
-    tl.store(sums + C + H + index, tl.sum(dcenter, 1), mask=index < H)
+    tl.store(sums + 2 * C + index, tl.sum(dcenter * normal, 1), mask=index < H)
+    tl.store(sums + 2 * C + H + index, tl.sum(dcenter, 1), mask=index < H)
     dcenter *= load_vector(center_scale_ptr, channel, H)
     dproduct = standardize_backward(dcenter, normal, rstd, H, 0)
     store_tile(dproduct_ptr + product_start, dproduct, H, left, channel, position, P, 1)
@@ -120,8 +120,6 @@ def project_backward_kernel(
     mask_ptr,  # [b, p] float32
     dleft_ptr,  # [b, h, p]
     dright_ptr,  # [b, h, p]
-    dgate_ptr,  # [b, p, c]: by the argument of the output's gate
-    dout_ptr,  # [b, p, c]: by the result
     scale_ptr,  # [c]
     offset_ptr,  # [c]
     left_ptr,  # [c, h] and its bias [h], as are the three that follow
@@ -132,56 +130,37 @@ def project_backward_kernel(
     right_bias_ptr,
     right_gate_ptr,
     right_gate_bias_ptr,
-    gating_ptr,  # [c, c]
-    dpair_ptr,  # [b, p, c]
     normalized_ptr,  # [b, p, c]: the normalised pair
-    dprojected_ptr,  # [b, p, 4 h + c]: by the arguments of left, its gate, right, its gate, gate
-    sums_ptr,  # [b t, 4 h + 3 c]: the same summed, then by scale and offset
+    dprojected_ptr,  # [b, p, 4 h]: by left, the argument of its gate, right, that of its gate
+    sums_ptr,  # [b t, 4 h]: the same summed
     P: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_P
     example = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_P)[:, None]
     left = P - start
     first = example * P + start
-    sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (4 * H + 3 * C)
+    sums = sums_ptr + (example * tl.num_programs(0) + tl.program_id(0)) * (4 * H)
     x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
     channel = tl.arange(0, BLOCK_C)[None, :]
     store_tile(normalized_ptr + first * C, x, left, C, row, channel, C, 1)
     mask = load_vector(mask_ptr + first, row, left)
     out = example * H * P + start
-    wide: tl.constexpr = 4 * H + C
-    dprojected = dprojected_ptr + first * wide
-    dx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    dprojected = dprojected_ptr + first * (4 * H)
     left_side = (left_ptr, left_bias_ptr, left_gate_ptr, left_gate_bias_ptr)
     right_side = (right_ptr, right_bias_ptr, right_gate_ptr, right_gate_bias_ptr)
     for h in range(0, H, BLOCK_H):
         dgated = load_gated(dleft_ptr + out, mask, h, left, P, H, BLOCK_P, BLOCK_H)
         to, sum_to = dprojected + h, sums + h
-        dx = gated_backward(dx, x, dgated, left_side, to, sum_to, h, left, C, H, BLOCK_C)
+        gated_backward(x, dgated, left_side, to, sum_to, h, left, C, H, BLOCK_C)
         dgated = load_gated(dright_ptr + out, mask, h, left, P, H, BLOCK_P, BLOCK_H)
         to, sum_to = to + 2 * H, sum_to + 2 * H
-        dx = gated_backward(dx, x, dgated, right_side, to, sum_to, h, left, C, H, BLOCK_C)
-    for c in range(0, C, BLOCK_O):
-        column = tl.arange(0, BLOCK_O)[None, :]
-        dgate = load_tile(dgate_ptr + first * C + c, left, C - c, row, column, C, 1)
-        store_tile(dprojected + 4 * H + c, dgate, left, C - c, row, column, wide, 1)
-        index = tl.arange(0, BLOCK_O)
-        tl.store(sums + 4 * H + c + index, tl.sum(dgate.to(tl.float32), 0), mask=index < C - c)
-        weights = load_weights(gating_ptr, c, C, C, BLOCK_C, column).to(x.dtype)
-        dx += product(dgate, tl.trans(weights))
-    at = sums + wide
-    dpair = rows_backward(pair_ptr + first * C, scale_ptr, dx, at, left, row, C, BLOCK_C)
-    if RESIDUAL:
-        dpair += load_tile(dout_ptr + first * C, left, C, row, channel, C, 1).to(tl.float32)
-    store_tile(dpair_ptr + first * C, dpair, left, C, row, channel, C, 1)
+        gated_backward(x, dgated, right_side, to, sum_to, h, left, C, H, BLOCK_C)
 
 
 @triton.jit
@@ -203,7 +182,6 @@ def load_gated(
 
 @triton.jit
 def gated_backward(
-    dx,
     x,
     dgated,
     pointers,  # to the weights and bias of the projection and of its gate
@@ -215,12 +193,12 @@ def gated_backward(
     H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``dx`` and what some channels of one gated projection, from ``h`` on, add to it."""
+    """Gradients by some channels of one gated projection, from ``h`` on, and their sums."""
     weights_ptr, bias_ptr, gate_ptr, gate_bias_ptr = pointers
     row = tl.arange(0, dgated.shape[0])[:, None]
     index = tl.arange(0, dgated.shape[1])
     column = index[None, :]
-    wide: tl.constexpr = 4 * H + C
+    wide: tl.constexpr = 4 * H
     weights = load_weights(weights_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
     gate_weights = load_weights(gate_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
     value = product(x, weights) + load_vector(bias_ptr + h, column, H - h)
@@ -228,12 +206,9 @@ def gated_backward(
     dvalue = dgated * gate
     store_tile(dprojected_ptr, dvalue, left, H - h, row, column, wide, 1)
     tl.store(sums_ptr + index, tl.sum(dvalue, 0), mask=index < H - h)
-    dx += product(dvalue.to(x.dtype), tl.trans(weights))
     dgate = dvalue * value * (1.0 - gate)
     store_tile(dprojected_ptr + H, dgate, left, H - h, row, column, wide, 1)
     tl.store(sums_ptr + H + index, tl.sum(dgate, 0), mask=index < H - h)
-    dx += product(dgate.to(x.dtype), tl.trans(gate_weights))
-    return dx
 
 
 def project_backward(
@@ -243,20 +218,17 @@ def project_backward(
     h: int,
     dtype: str,
     architecture: int,
-    residual: bool,
     tiles: Tiles | None = None,
 ) -> Launch:
-    """See the kernel -> dpair, normalised pair [b p c], dprojected [b p 4h+c], sums."""
+    """See the kernel -> normalised pair [b p c], dprojected [b p 4h], sums."""
     tiles = tiles or choose(PROJECT_BACKWARD, c, dtype, architecture)
-    pair = Output((b, p, c), dtype)
     outputs = (
-        pair,
-        pair,
-        Output((b, p, 4 * h + c), dtype),
-        Output((b * cdiv(p, tiles.rows), 4 * h + 3 * c), "float32"),
+        Output((b, p, c), dtype),
+        Output((b, p, 4 * h), dtype),
+        Output((b * cdiv(p, tiles.rows), 4 * h), "float32"),
     )
-    sizes = {"P": p, "C": c, "H": h, "RESIDUAL": residual}
-    blocks = {"BLOCK_C": block(c), "BLOCK_H": tiles.fit(h), "BLOCK_O": tiles.fit(c)}
+    sizes = {"P": p, "C": c, "H": h}
+    blocks = {"BLOCK_C": block(c), "BLOCK_H": tiles.fit(h)}
     return launch_tiles(project_backward_kernel, b, p, outputs, sizes | blocks, tiles)
 
 
@@ -279,7 +251,7 @@ def output_backward(
         pair,
         pair,
         Output((b, p, h), dtype),
-        Output((b * cdiv(p, tiles.rows), c + 2 * h), "float32"),
+        Output((b * cdiv(p, tiles.rows), 2 * (c + h)), "float32"),
     )
     sizes = {"P": p, "J": shape[1], "C": c, "H": h, "HAS_FACTOR": has_factor}
     blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": tiles.fit(c)}
