@@ -13,7 +13,7 @@ from jaxfold.ops import UnsupportedOp
 
 
 def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
-    """Run a kernel; the outputs are new arrays."""
+    """Run a kernel; the outputs are new arrays, also those that take the place of inputs."""
     shapes = tuple(jax.ShapeDtypeStruct(o.shape, np.dtype(o.dtype)) for o in launch.outputs)
     # a Python float would arrive in the kernel as float64
     scalars = [np.float32(x) if isinstance(x, float) else x for x in launch.scalars]
@@ -26,6 +26,7 @@ def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
         grid=launch.grid,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        input_output_aliases=dict(launch.in_place),
         **launch.constants,
     )
 

@@ -4,11 +4,13 @@ Updates are numbered from 1: the n-th update uses the learning rate and averagin
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from foldcore.config import OptimizerConfig
+from jaxfold.ops import _kernel_runs
 
 
 def learning_rate(step: Int[Array, ""], config: OptimizerConfig) -> Float[Array, ""]:
@@ -33,9 +35,22 @@ def clip_by_global_norm(
     gradient: Float[Array, " n"], max_norm: float
 ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
     """The gradient scaled to at most ``max_norm``, and its norm before that."""
-    norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
+    factor, norm = clip_factor(gradient, max_norm)
+    return gradient * factor, norm
+
+
+def clip_factor(
+    gradient: Float[Array, " n"], max_norm: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What scales the gradient to at most ``max_norm``, and its norm."""
+    if _kernel_runs("clip_factor", None, gradient):
+        from jaxfold import _optimizer
+
+        norm = _optimizer.norm(gradient)
+    else:
+        norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
     # the largest of both: no division by zero, and a non-finite norm stays visible in the result
-    return gradient * (max_norm / jnp.maximum(norm, max_norm)), norm
+    return max_norm / jnp.maximum(norm, max_norm), norm
 
 
 def adam(
@@ -52,6 +67,46 @@ def adam(
     mu_hat = mu / _bias_correction(count, config.beta1)
     nu_hat = nu / _bias_correction(count, config.beta2)
     return mu_hat / (jnp.sqrt(nu_hat) + config.eps), mu, nu
+
+
+class Buffers(NamedTuple):
+    """What an update changes, beside the count of updates."""
+
+    params: Float[Array, " n"]
+    mu: Float[Array, " n"]
+    nu: Float[Array, " n"]
+    ema: Float[Array, " n"]
+
+
+def update(
+    gradient: Float[Array, " n"],
+    factor: Float[Array, ""],
+    old: Buffers,
+    step: Int[Array, ""],
+    finite: Bool[Array, ""],
+    config: OptimizerConfig,
+) -> tuple[Buffers, dict[str, Float[Array, ""]]]:
+    """Update ``step`` by the gradient times ``factor``, unless it is not finite; and its norms.
+
+    The kernel, where it is chosen, uses ``old`` up: its memory holds the new buffers.
+    """
+    rate, decay = learning_rate(step, config), ema_decay(step, config)
+    if _kernel_runs("update", None, old.params):
+        from jaxfold import _optimizer
+
+        count = jnp.asarray(step).astype(jnp.float32)
+        corrections = [_bias_correction(count, beta) for beta in (config.beta1, config.beta2)]
+        coefficients = (factor, rate, decay, *corrections, finite)
+        buffers, norms = _optimizer.update(gradient, old, coefficients, config)
+        new = Buffers(*buffers)
+    else:
+        direction, mu, nu = adam(gradient * factor, old.mu, old.nu, step, config)
+        params = old.params - rate * direction
+        made = Buffers(params, mu, nu, decay * old.ema + (1 - decay) * params)
+        new = Buffers(*(jnp.where(finite, a, b) for a, b in zip(made, old, strict=True)))
+        norms = jnp.linalg.norm(new.params), jnp.linalg.norm(direction)
+    logged = {"param_norm": norms[0], "update_norm": rate * norms[1], "learning_rate": rate}
+    return new, logged
 
 
 def _bias_correction(count: Float[Array, ""], beta: float) -> Float[Array, ""]:

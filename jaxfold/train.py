@@ -31,7 +31,7 @@ from jaxfold import distributed
 from jaxfold.heads import compute_plddt
 from jaxfold.losses import alphafold_loss
 from jaxfold.ops import UnsupportedOp, self_test
-from jaxfold.optimizer import adam, clip_by_global_norm, ema_decay, learning_rate
+from jaxfold.optimizer import Buffers, clip_by_global_norm, clip_factor, update
 from jaxfold.primitives import DropoutKey
 from jaxfold.step import (
     CompiledStep,
@@ -89,26 +89,24 @@ def train_step(
     """One update from this device's examples; a non-finite one leaves the state as it was."""
     step, settings = state.step + 1, config.optimizer
     gradient_of = value_and_grad(loss_fn, network)
+    # of a single example the mean is itself: clipping it then is part of the update
+    clip_last = settings.clip == "global" or config.train.batch_size == 1
 
     def example_gradient(example: Batch) -> tuple[Array, dict[str, Array]]:
         logged, gradient = gradient_of(state.params, network, config, example, step)
-        if settings.clip == "example":
+        if not clip_last:
             gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
         return gradient, logged
 
     gradient, logged = distributed.mean_over_data(mean_over_examples(example_gradient, batch))
-    if settings.clip == "global":
-        gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
-
-    rate, decay = learning_rate(step, settings), ema_decay(step, settings)
-    direction, mu, nu = adam(gradient, state.mu, state.nu, step, settings)
-    params = state.params - rate * direction
-    ema = decay * state.ema + (1 - decay) * params
+    factor = jnp.ones_like(logged["loss/total"])
+    if clip_last:
+        factor, logged["grad_norm"] = clip_factor(gradient, settings.clip_norm)
     finite = jnp.isfinite(logged["loss/total"]) & jnp.isfinite(logged["grad_norm"])
-    updated = keep_where(finite, TrainState(params, mu, nu, ema, step), state)
-    logged["param_norm"] = jnp.linalg.norm(updated.params)
-    logged["update_norm"] = rate * jnp.linalg.norm(direction)
-    logged["learning_rate"] = rate
+    old = Buffers(state.params, state.mu, state.nu, state.ema)
+    new, norms = update(gradient, factor, old, step, finite, settings)
+    updated = TrainState(*new, keep_where(finite, step, state.step))
+    logged.update(norms)
     logged["recycling"] = batch["num_iter_recycling"].mean()
     return updated, logged
 

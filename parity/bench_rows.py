@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foldcore.config import OptimizerConfig
 from foldcore.kernels import (
     layer_norm,
+    optimizer,
     outer_product,
     rows,
     transition,
@@ -28,6 +30,7 @@ from torchfold._triton import call
 Array = tuple[str, tuple[int, ...]]
 NORMS = ((65536, 128), (32768, 256), (262144, 64), (256, 384))
 TRANSITIONS = (("pair", 65536, 128, 512), ("msa", 32768, 256, 1024), ("extra msa", 262144, 64, 256))
+PARAMETERS = 93_200_000
 OUTER = (("msa", 128, 256, 32, 128), ("extra msa", 1024, 256, 32, 128))  # sequences, residues, c, z
 TRIANGLES = ((1, 256, 128, 128), (4, 256, 64, 64), (1, 384, 128, 128))  # b, residues, c, hidden
 
@@ -162,7 +165,7 @@ class Candidate:
 
     kernel: str
     shape: tuple[int, ...]
-    tiles: Tiles | Sizes
+    tiles: Tiles | Sizes | optimizer.Sizes
 
     @property
     def label(self) -> str:
@@ -207,9 +210,10 @@ def _outer_shape(shape: tuple[int, int, int]) -> outer_product.Shape:
 
 LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "norm forward": lambda s, t: layer_norm.forward(s[0], s[1], *KIND, t),
-    "norm backward": lambda s, t: layer_norm.backward(s[0], s[1], *KIND, t),
+    "norm backward": lambda s, t: layer_norm.backward(s[0], s[1], *KIND, sizes=t),
     "transition forward": lambda s, t: transition.forward(s[0], s[1], s[2], *KIND, True, t),
-    "transition backward": lambda s, t: transition.backward(s[0], s[1], s[2], *KIND, True, t),
+    "transition backward": lambda s, t: transition.backward(s[0], s[1], s[2], *KIND, t),
+    "optimizer": lambda s, t: optimizer.update(s[0], OptimizerConfig(), KIND[1], t),
     "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, t),
     "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
     "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
@@ -221,7 +225,7 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
         *_output_kind(s), has_factor=True, tiles=t
     ),
     "triangle project backward": lambda s, t: triangle_backward.project_backward(
-        *_kind(s), residual=True, tiles=t
+        *_kind(s), tiles=t
     ),
 }
 
@@ -232,7 +236,7 @@ def _norm_inputs(shape: tuple[int, int]) -> list[Array]:
 
 def _norm_backward_inputs(shape: tuple[int, int]) -> list[Array]:
     x, scale, _ = _norm_inputs(shape)
-    return [x, scale, x]
+    return [x, scale, x, x]
 
 
 def _transition_inputs(shape: tuple[int, int, int]) -> list[Array]:
@@ -242,6 +246,11 @@ def _transition_inputs(shape: tuple[int, int, int]) -> list[Array]:
 def _transition_backward_inputs(shape: tuple[int, int, int]) -> list[Array]:
     x, *parameters, _ = _transition_inputs(shape)
     return [x, x, *parameters]
+
+
+def _optimizer_inputs(shape: tuple[int]) -> list[Array]:
+    buffer: Array = "mask", shape
+    return [buffer, buffer, buffer, buffer, buffer, ("mask", (6,))]
 
 
 def _outer_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:
@@ -266,7 +275,7 @@ def _triangle_inputs(kernel: str, shape: tuple[int, int, int, int]) -> list[Arra
         "project": [pair, mask, *before],
         "output": [first, pair, factor, *after],
         "output backward": [pair, first, pair, factor, *after],
-        "project backward": [pair, mask, first, first, pair, pair, *before, w[14]],
+        "project backward": [pair, mask, first, first, *before],
     }[kernel]
 
 
@@ -275,6 +284,7 @@ INPUTS: dict[str, Callable[[Any], list[Array]]] = {
     "norm backward": _norm_backward_inputs,
     "transition forward": _transition_inputs,
     "transition backward": _transition_backward_inputs,
+    "optimizer": _optimizer_inputs,
     "outer project": lambda s: _outer_inputs("project", s),
     "outer gradient backward": lambda s: _outer_inputs("gradient", s),
     "outer weights backward": lambda s: _outer_inputs("weights", s),
@@ -324,11 +334,14 @@ def candidates() -> Iterator[Candidate]:
             yield Candidate("norm forward", shape, Sizes(elements, warps))
         for elements, groups in itertools.product((4096, 8192, 16384), (132, 256, 512)):
             yield Candidate("norm backward", shape, Sizes(elements, elements // 2048, groups))
+    for elements, groups, warps in itertools.product((1024, 2048, 4096), (528, 1056, 2112), (4, 8)):
+        yield Candidate("optimizer", (PARAMETERS,), optimizer.Sizes(elements, groups, warps))
     shapes: dict[str, list[tuple[int, ...]]] = {
         "transition": [(n, c, f) for _, n, c, f in TRANSITIONS],
         "triangle": list(TRIANGLES[:2]),
         "outer": [(n, c, z) for _, _, n, c, z in OUTER[:1]],
         "norm": [],
+        "optimizer": [],
     }
     for kernel in LAUNCHES:
         kind = kernel.split()[0]

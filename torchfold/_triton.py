@@ -11,8 +11,12 @@ from torchfold.ops import UnsupportedOp
 
 
 def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Run a kernel on the device of its inputs; the outputs are new tensors."""
-    outputs = tuple(_allocate(output, inputs[0].device) for output in launch.outputs)
+    """Run a kernel on the device of its inputs; the outputs are new tensors, or inputs in place."""
+    places = {output: inputs[i] for i, output in launch.in_place.items()}
+    outputs = tuple(
+        places[i] if i in places else _allocate(output, inputs[0].device)
+        for i, output in enumerate(launch.outputs)
+    )
     launch.kernel[launch.grid](
         *(x.contiguous() for x in inputs),
         *launch.scalars,

@@ -4,13 +4,15 @@ Updates are numbered from 1: the n-th update uses the learning rate and averagin
 """
 
 import math
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foldcore.config import OptimizerConfig
 from torchfold._compiled import piece
+from torchfold.ops import _kernel_runs
 
 
 def learning_rate(step: Int[Tensor, ""], config: OptimizerConfig) -> Float[Tensor, ""]:
@@ -31,14 +33,31 @@ def ema_decay(step: Int[Tensor, ""], config: OptimizerConfig) -> Float[Tensor, "
     return torch.minimum(limit, (1 + count) / (10 + count)) if config.ema_warmup else limit
 
 
-@piece
 def clip_by_global_norm(
     gradient: Float[Tensor, " n"], max_norm: float
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, ""]]:
     """The gradient scaled to at most ``max_norm``, and its norm before that."""
-    norm = torch.sqrt(torch.sum(torch.square(gradient)))
+    factor, norm = clip_factor(gradient, max_norm)
+    return gradient * factor, norm
+
+
+def clip_factor(
+    gradient: Float[Tensor, " n"], max_norm: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """What scales the gradient to at most ``max_norm``, and its norm."""
+    if _kernel_runs("clip_factor", None, gradient):
+        from torchfold import _optimizer
+
+        norm = _optimizer.norm(gradient)
+    else:
+        norm = _norm(gradient)
     # the largest of both: no division by zero, and a non-finite norm stays visible in the result
-    return gradient * (max_norm / torch.clamp(norm, min=max_norm)), norm
+    return max_norm / torch.clamp(norm, min=max_norm), norm
+
+
+@piece
+def _norm(x: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    return torch.sqrt(torch.sum(torch.square(x)))
 
 
 @piece
@@ -56,6 +75,61 @@ def adam(
     mu_hat = mu / _bias_correction(count, config.beta1)
     nu_hat = nu / _bias_correction(count, config.beta2)
     return mu_hat / (torch.sqrt(nu_hat) + config.eps), mu, nu
+
+
+class Buffers(NamedTuple):
+    """What an update changes, beside the count of updates."""
+
+    params: Float[Tensor, " n"]
+    mu: Float[Tensor, " n"]
+    nu: Float[Tensor, " n"]
+    ema: Float[Tensor, " n"]
+
+
+def update(
+    gradient: Float[Tensor, " n"],
+    factor: Float[Tensor, ""],
+    old: Buffers,
+    step: Int[Tensor, ""],
+    finite: Bool[Tensor, ""],
+    config: OptimizerConfig,
+) -> tuple[Buffers, dict[str, Float[Tensor, ""]]]:
+    """Update ``step`` by the gradient times ``factor``, unless it is not finite; and its norms.
+
+    The kernel, where it is chosen, uses ``old`` up: its memory holds the new buffers.
+    """
+    rate, decay = learning_rate(step, config), ema_decay(step, config)
+    if _kernel_runs("update", None, old.params):
+        from torchfold import _optimizer
+
+        count = torch.as_tensor(step).to(torch.float32)
+        corrections = [_bias_correction(count, beta) for beta in (config.beta1, config.beta2)]
+        coefficients = (factor, rate, decay, *corrections, finite)
+        buffers, norms = _optimizer.update(gradient, old, coefficients, config)
+        new = Buffers(*buffers)
+    else:
+        new, norms = _update(gradient, factor, old, step, finite, rate, decay, config)
+    logged = {"param_norm": norms[0], "update_norm": rate * norms[1], "learning_rate": rate}
+    return new, logged
+
+
+@piece
+def _update(
+    gradient: Float[Tensor, " n"],
+    factor: Float[Tensor, ""],
+    old: Buffers,
+    step: Int[Tensor, ""],
+    finite: Bool[Tensor, ""],
+    rate: Float[Tensor, ""],
+    decay: Float[Tensor, ""],
+    config: OptimizerConfig,
+) -> tuple[Buffers, tuple[Float[Tensor, ""], Float[Tensor, ""]]]:
+    """The plain update; the norms of its parameters and of its direction."""
+    direction, mu, nu = adam(gradient * factor, old.mu, old.nu, step, config)
+    params = old.params - rate * direction
+    made = Buffers(params, mu, nu, decay * old.ema + (1 - decay) * params)
+    new = Buffers(*(torch.where(finite, a, b) for a, b in zip(made, old, strict=True)))
+    return new, (torch.linalg.vector_norm(new.params), torch.linalg.vector_norm(direction))
 
 
 def _bias_correction(count: Float[Tensor, ""], beta: float) -> Float[Tensor, ""]:

@@ -31,7 +31,7 @@ from torchfold import distributed
 from torchfold.heads import compute_plddt
 from torchfold.losses import alphafold_loss
 from torchfold.ops import UnsupportedOp, self_test
-from torchfold.optimizer import adam, clip_by_global_norm, ema_decay, learning_rate
+from torchfold.optimizer import Buffers, clip_by_global_norm, clip_factor, update
 from torchfold.primitives import DropoutKey
 from torchfold.step import (
     CompiledStep,
@@ -87,26 +87,24 @@ def train_step(
     """One update from this device's examples; a non-finite one leaves the state as it was."""
     step, settings = state.step + 1, config.optimizer
     gradient_of = value_and_grad(loss_fn, network)
+    # of a single example the mean is itself: clipping it then is part of the update
+    clip_last = settings.clip == "global" or config.train.batch_size == 1
 
     def example_gradient(example: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logged, gradient = gradient_of(state.params, network, config, example, step)
-        if settings.clip == "example":
+        if not clip_last:
             gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
         return gradient, logged
 
     gradient, logged = distributed.mean_over_data(mean_over_examples(example_gradient, batch))
-    if settings.clip == "global":
-        gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
-
-    rate, decay = learning_rate(step, settings), ema_decay(step, settings)
-    direction, mu, nu = adam(gradient, state.mu, state.nu, step, settings)
-    params = state.params - rate * direction
-    ema = decay * state.ema + (1 - decay) * params
+    factor = torch.ones_like(logged["loss/total"])
+    if clip_last:
+        factor, logged["grad_norm"] = clip_factor(gradient, settings.clip_norm)
     finite = torch.isfinite(logged["loss/total"]) & torch.isfinite(logged["grad_norm"])
-    updated = keep_where(finite, TrainState(params, mu, nu, ema, step), state)
-    logged["param_norm"] = torch.linalg.vector_norm(updated.params)
-    logged["update_norm"] = rate * torch.linalg.vector_norm(direction)
-    logged["learning_rate"] = rate
+    old = Buffers(state.params, state.mu, state.nu, state.ema)
+    new, norms = update(gradient, factor, old, step, finite, settings)
+    updated = TrainState(*new, keep_where(finite, step, state.step))
+    logged.update(norms)
     logged["recycling"] = batch["num_iter_recycling"].float().mean()
     return updated, logged
 

@@ -2,12 +2,13 @@
 
 A kernel takes, in this order, pointers to its inputs, ``scalars``, pointers to its outputs, and
 compile-time ``constants``. All arrays are contiguous and row-major; outputs are fresh buffers that
-the kernel writes completely. Sizes that addresses depend on belong into the constants: only then
-do both tracks' compilers know what they are multiples of, and load 16 bytes at once.
+the kernel writes completely, or inputs that it overwrites. Sizes that addresses depend on belong
+into the constants: only then do both tracks' compilers know what they are multiples of, and load 16
+bytes at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Sizes of a launch by architecture: compute capability as an integer, 90 for H100 and H200.
@@ -34,6 +35,8 @@ class Launch:
     scalars: tuple[int | float, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    # index of an input -> that of the output that takes its place in memory
+    in_place: Mapping[int, int] = field(default_factory=dict)
 
 
 def cdiv(numerator: int, denominator: int) -> int:

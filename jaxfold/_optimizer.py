@@ -1,0 +1,28 @@
+"""Clipping and the update by Triton kernels."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from foldcore.config import OptimizerConfig
+from foldcore.kernels import optimizer as kernels
+from jaxfold._rows import sum_columns
+from jaxfold._triton import architecture, call
+
+
+def norm(x: Array) -> Array:
+    """The norm of a vector in float32."""
+    (sums,) = call(kernels.squares(x.size, architecture()), x)
+    return jnp.sqrt(sum_columns(sums, x))[0]
+
+
+def update(
+    gradient: Array, old: Sequence[Array], coefficients: Sequence[Array], config: OptimizerConfig
+) -> tuple[list[Array], tuple[Array, Array]]:
+    """The new buffers, and norms of the parameters and of Adam's direction."""
+    launch = kernels.update(gradient.size, config, architecture())
+    vector = jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in coefficients])
+    *new, sums = call(launch, gradient, *old, vector)
+    norms = jnp.sqrt(sum_columns(sums, gradient))
+    return new, (norms[0], norms[1])

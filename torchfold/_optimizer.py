@@ -1,0 +1,28 @@
+"""Clipping and the update by Triton kernels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foldcore.config import OptimizerConfig
+from foldcore.kernels import optimizer as kernels
+from torchfold._rows import sum_columns
+from torchfold._triton import architecture, call
+
+
+def norm(x: Tensor) -> Tensor:
+    """The norm of a vector in float32."""
+    (sums,) = call(kernels.squares(x.numel(), architecture(x.device)), x)
+    return torch.sqrt(sum_columns(sums, x))[0]
+
+
+def update(
+    gradient: Tensor, old: Sequence[Tensor], coefficients: Sequence[Tensor], config: OptimizerConfig
+) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """The new buffers in the places of the old; norms of the parameters and of Adam's direction."""
+    launch = kernels.update(gradient.numel(), config, architecture(gradient.device))
+    vector = torch.stack([x.to(torch.float32) for x in coefficients])
+    *new, sums = call(launch, gradient, *old, vector)
+    norms = torch.sqrt(sum_columns(sums, gradient))
+    return new, (norms[0], norms[1])
