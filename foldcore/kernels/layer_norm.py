@@ -36,7 +36,7 @@ _TESTED = Sizes(256, 4, groups=2)  # in the interpreter: several tiles of small 
 
 
 @triton.jit
-def forward_kernel(
+def layer_norm_forward_kernel(
     x_ptr,  # [n, c]
     scale_ptr,  # [c]
     offset_ptr,  # [c]
@@ -57,7 +57,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def layer_norm_backward_kernel(
     x_ptr,  # [n, c]
     scale_ptr,  # [c]
     dy_ptr,  # [n, c]
@@ -100,7 +100,7 @@ def forward(n: int, c: int, dtype: str, architecture: int, sizes: Sizes = FORWAR
     sizes = _TESTED if architecture == INTERPRETER else sizes
     rows = max(sizes.elements // block(c), 1)
     return Launch(
-        kernel=forward_kernel,
+        kernel=layer_norm_forward_kernel,
         grid=(cdiv(n, rows),),
         outputs=(Output((n, c), dtype),),
         constants={"N": n, "C": c, "BLOCK_N": rows, "BLOCK_C": block(c)},
@@ -123,7 +123,7 @@ def backward(
     tiles = cdiv(cdiv(n, rows), sizes.groups)
     groups = cdiv(n, rows * tiles)
     return Launch(
-        kernel=backward_kernel,
+        kernel=layer_norm_backward_kernel,
         grid=(groups,),
         outputs=(Output((n, c), dtype), Output((groups, 2 * c), "float32")),
         constants={"N": n, "C": c, "BLOCK_N": rows, "BLOCK_C": block(c), "TILES": tiles}

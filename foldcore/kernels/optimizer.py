@@ -40,7 +40,7 @@ _TESTED = Sizes(64, 4, 4)
 
 
 @triton.jit
-def squares_kernel(
+def optimizer_squares_kernel(
     x_ptr,  # [n] float32
     sums_ptr,  # [g, 1] of squares
     N: tl.constexpr,
@@ -57,7 +57,7 @@ def squares_kernel(
 
 
 @triton.jit
-def update_kernel(
+def optimizer_update_kernel(
     gradient_ptr,  # [n] float32, as are the following
     params_ptr,
     mu_ptr,
@@ -112,7 +112,7 @@ def squares(n: int, architecture: int) -> Launch:
     """x [n] -> sums of squares [g, 1]."""
     sizes = _TESTED if architecture == INTERPRETER else MEASURED
     return Launch(
-        kernel=squares_kernel,
+        kernel=optimizer_squares_kernel,
         grid=(sizes.programs(n),),
         outputs=(Output((sizes.programs(n), 1), "float32"),),
         constants=sizes.constants(n),
@@ -126,7 +126,7 @@ def update(n: int, config: OptimizerConfig, architecture: int, sizes: Sizes = ME
     buffer, sums = Output((n,), "float32"), Output((sizes.programs(n), 2), "float32")
     constants = {"BETA1": config.beta1, "BETA2": config.beta2, "EPS": config.eps}
     return Launch(
-        kernel=update_kernel,
+        kernel=optimizer_update_kernel,
         grid=(sizes.programs(n),),
         outputs=(buffer, buffer, buffer, buffer, sums),
         constants=sizes.constants(n) | constants,

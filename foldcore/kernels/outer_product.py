@@ -57,7 +57,7 @@ def place(pair, channel, J: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def project_kernel(
+def outer_product_project_kernel(
     outer_ptr,  # [b i, c, j, e]
     weights_ptr,  # [k, z]
     bias_ptr,  # [z]
@@ -90,7 +90,7 @@ def project_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def outer_product_gradient_kernel(
     dout_ptr,  # [n, z]
     weights_ptr,  # [k, z]
     count_ptr,  # [n] float32
@@ -128,7 +128,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def weights_kernel(
+def outer_product_weights_kernel(
     outer_ptr,  # [b i, c, j, e]
     dsum_ptr,  # [n, z]
     dweights_ptr,  # [g, k, z] float32
@@ -164,7 +164,7 @@ def project(shape: Shape, dtype: str, architecture: int, tiles: Tiles | None = N
     """(outer products, weights, bias, count) -> their projected mean [n, z]."""
     tiles = tiles or choose(PROJECT, shape.z, dtype, architecture)
     return Launch(
-        kernel=project_kernel,
+        kernel=outer_product_project_kernel,
         grid=(cdiv(shape.n, tiles.rows),),
         outputs=(Output((shape.n, shape.z), dtype),),
         constants=shape.constants | blocks(shape, tiles),
@@ -180,7 +180,7 @@ def gradient(shape: Shape, dtype: str, architecture: int, tiles: Tiles | None = 
     count = cdiv(shape.n, tiles.rows)
     outer = Output((shape.bi, shape.c, shape.j, shape.e), dtype)
     return Launch(
-        kernel=gradient_kernel,
+        kernel=outer_product_gradient_kernel,
         grid=(count,),
         outputs=(Output((shape.n, shape.z), dtype), outer, Output((count, shape.z), "float32")),
         constants=shape.constants | blocks(shape, tiles),
@@ -196,7 +196,7 @@ def weights(shape: Shape, dtype: str, architecture: int, tiles: Tiles | None = N
     per_group = cdiv(count, min(count, max(1, PROGRAMS // k_blocks)))
     groups = cdiv(count, per_group)
     return Launch(
-        kernel=weights_kernel,
+        kernel=outer_product_weights_kernel,
         grid=(k_blocks, groups),
         outputs=(Output((groups, shape.k * shape.z), "float32"),),
         constants=shape.constants | blocks(shape, tiles) | {"TILES": per_group},

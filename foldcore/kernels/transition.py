@@ -37,7 +37,7 @@ BACKWARD = {
 
 
 @triton.jit
-def forward_kernel(
+def transition_forward_kernel(
     x_ptr,  # [n, c]
     scale_ptr,  # [c]
     offset_ptr,  # [c]
@@ -75,7 +75,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def transition_backward_kernel(
     x_ptr,  # [n, c]
     dy_ptr,  # [n, c]
     scale_ptr,  # [c]
@@ -133,7 +133,7 @@ def forward(
     """(x, scale, offset, weights1, bias1, weights2, bias2) -> y [n, c]."""
     tiles = tiles or choose(FORWARD, c, dtype, architecture)
     return Launch(
-        kernel=forward_kernel,
+        kernel=transition_forward_kernel,
         grid=(cdiv(n, tiles.rows),),
         outputs=(Output((n, c), dtype),),
         constants={"N": n, "C": c, "F": f, "RESIDUAL": residual}
@@ -157,7 +157,7 @@ def backward(
     rows, hidden = Output((n, c), dtype), Output((n, f), dtype)
     count = cdiv(n, tiles.rows)
     return Launch(
-        kernel=backward_kernel,
+        kernel=transition_backward_kernel,
         grid=(count,),
         outputs=(rows, hidden, hidden, Output((count, f + c), "float32")),
         constants={"N": n, "C": c, "F": f}

@@ -34,7 +34,7 @@ OUTPUT = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(64, 64, 8, 2)}
 
 
 @triton.jit
-def project_kernel(
+def triangle_project_kernel(
     pair_ptr,  # [b, p, c]
     mask_ptr,  # [b, p] float32
     scale_ptr,  # [c]
@@ -110,7 +110,7 @@ def value_and_gate(
 
 
 @triton.jit
-def output_kernel(
+def triangle_output_kernel(
     product_ptr,  # [b, h, p]
     pair_ptr,  # [b, p, c]
     factor_ptr,  # [b, j, c] float32: dropout, the same for all i of p = (i, j)
@@ -195,7 +195,7 @@ def project(
     tiles = tiles or choose(PROJECT, c, dtype, architecture)
     gated = Output((b, h, p), dtype)
     sizes = {"P": p, "C": c, "H": h, "BLOCK_C": block(c), "BLOCK_H": tiles.fit(h)}
-    return launch_tiles(project_kernel, b, p, (gated, gated), sizes, tiles)
+    return launch_tiles(triangle_project_kernel, b, p, (gated, gated), sizes, tiles)
 
 
 def output(
@@ -214,7 +214,9 @@ def output(
     p = shape[0] * shape[1]
     sizes = {"P": p, "J": shape[1], "C": c, "H": h, "HAS_FACTOR": has_factor, "RESIDUAL": residual}
     blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": tiles.fit(c)}
-    return launch_tiles(output_kernel, b, p, (Output((b, p, c), dtype),), sizes | blocks, tiles)
+    return launch_tiles(
+        triangle_output_kernel, b, p, (Output((b, p, c), dtype),), sizes | blocks, tiles
+    )
 
 
 def launch_tiles(

@@ -32,7 +32,7 @@ OUTPUT_BACKWARD = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(128, 64, 8, 2
 
 
 @triton.jit
-def output_backward_kernel(
+def triangle_output_backward_kernel(
     dout_ptr,  # [b, p, c]
     product_ptr,  # [b, h, p]
     pair_ptr,  # [b, p, c]
@@ -115,7 +115,7 @@ def output_backward_kernel(
 
 
 @triton.jit
-def project_backward_kernel(
+def triangle_project_backward_kernel(
     pair_ptr,  # [b, p, c]
     mask_ptr,  # [b, p] float32
     dleft_ptr,  # [b, h, p]
@@ -229,7 +229,7 @@ def project_backward(
     )
     sizes = {"P": p, "C": c, "H": h}
     blocks = {"BLOCK_C": block(c), "BLOCK_H": tiles.fit(h)}
-    return launch_tiles(project_backward_kernel, b, p, outputs, sizes | blocks, tiles)
+    return launch_tiles(triangle_project_backward_kernel, b, p, outputs, sizes | blocks, tiles)
 
 
 def output_backward(
@@ -255,4 +255,4 @@ def output_backward(
     )
     sizes = {"P": p, "J": shape[1], "C": c, "H": h, "HAS_FACTOR": has_factor}
     blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": tiles.fit(c)}
-    return launch_tiles(output_backward_kernel, b, p, outputs, sizes | blocks, tiles)
+    return launch_tiles(triangle_output_backward_kernel, b, p, outputs, sizes | blocks, tiles)
