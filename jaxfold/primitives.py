@@ -236,6 +236,8 @@ def dropout(
     if shared_axis is not None:
         shape[shared_axis] = 1
     keep = keep_mask(tuple(shape), rate, key, name)
+    if shared_axis is not None:  # else XLA draws it again for each element that shares it
+        keep = jax.lax.optimization_barrier(keep)
     scaled = update.astype(ops.at_least_float32(update.dtype)) / (1 - rate)  # as _scale says
     return jnp.where(keep, scaled, 0).astype(update.dtype)
 
