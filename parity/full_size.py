@@ -7,22 +7,21 @@ which starts at zero. The number of recycling passes is data.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from foldcore.config import Config, load
-from parity.case import Case, Run, Setting, draw, flip
+from parity.case import Case, Run, Setting, flip
 from parity.network_cases import PASSES, first_example, gradients, steps, unpadded
 from parity.step_cases import MUTATED, STEP, OptimiserStep, moves
-from parity.step_runs import batches, program
-from parity.tracks import JAX, Arrays
+from parity.step_runs import batches, program, some_way_on
+from parity.tracks import Arrays
 
 LOOK_AT = 12  # examples of the loader of which the longest is taken
 RUNS = 3  # perturbed runs in each track
-SPREAD = 0.2  # of weights that start at zero, in units of 1 / sqrt(fan-in)
 
 
 def configuration(path: str, overrides: Sequence[str]) -> Config:
@@ -40,16 +39,8 @@ class FullSize:
     config: Config
 
     def parameters(self) -> Arrays:
-        """Those of a run some way on: its initial ones, and small ones where these are zero."""
-        network = JAX.step.Network(replace(self.config.model, dtype="float32"))
-        flat = network.initialize(self.config.train.seed)
-        named = network.layout.unflatten(flat)
-        return {name: self._moved(name, array) for name, array in named.items()}
-
-    def _moved(self, name: str, array: np.ndarray) -> np.ndarray:
-        if array.any() or not name.endswith(("weights", "_w")):
-            return array
-        return draw(name, array.shape, SPREAD / np.prod(array.shape[-3:-1]) ** 0.5)
+        """Those of a run some way on."""
+        return some_way_on(self.config)
 
     def batch(self) -> Arrays:
         """The longest of the first examples that have all recycling passes."""

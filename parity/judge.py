@@ -21,6 +21,7 @@ from parity.tracks import Arrays
 
 ZERO = 1e-11  # of the largest gradient: below this a gradient is zero but for round-off
 TRACKS = ("jax", "torch")
+ROUNDED = "rounded "  # begins the name of what an array is the change of, and is rounded instead
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ class Scale:
 
     def rows(self, found: dict[str, Arrays]) -> list[Row]:
         """The verdict on every array."""
-        return [self._row(name, found) for name in found["jax"]]
+        names = (name for name in found["jax"] if not name.startswith(ROUNDED))
+        return [self._row(name, found) for name in names]
 
     def _row(self, name: str, found: dict[str, Arrays]) -> Row:
         jax, torch = (np.asarray(found[track][name], np.float64) for track in TRACKS)
@@ -180,6 +182,8 @@ class Scale:
         else:
             floor = noise_floor(self.spreads, name, jax.size) / size
             rounding = ROUNDING[self.dtype if zero else str(found["torch"][name].dtype)]
+            if (before := found["torch"].get(f"{ROUNDED}{name}")) is not None:
+                rounding *= self._length(before) / size
             yardstick, limit = max(floor, rounding), FLOORS
             ratio = max(e for e in errors if e is not None) / yardstick
         return Row(name, errors[0], errors[1], difference, ratio, limit, zero)

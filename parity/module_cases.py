@@ -118,6 +118,8 @@ def real(kind: str, inputs: Arrays) -> np.ndarray:
     if axes == "templates":
         count = inputs["template_aatype"].shape[1]
         return np.repeat(residues[:, None], count, axis=1)
+    if axes == "triads":  # of residues with all three atoms: others have no direction
+        return residues & (inputs["all_atom_mask"][..., :3] > 0).all(axis=-1)
     return np.ones(len(residues), bool) if axes == "whole" else residues
 
 
@@ -234,7 +236,7 @@ def _torsions(track: Track, model: Any, x: Named) -> Named:
 def _three_points(track: Track, model: Any, x: Named) -> Named:
     points = [x["all_atom_positions"][..., atom, :] for atom in (0, 1, 2)]
     frames = track.rigid.rigid_from_3_points(*points)
-    return {"single": frames.rotation, "single origins": frames.translation}
+    return {"triads": frames.rotation, "triads origins": frames.translation}
 
 
 def _head(name: str, kind: str) -> Call:

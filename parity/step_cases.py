@@ -11,10 +11,12 @@ import numpy as np
 
 from foldcore.config import Config
 from parity.case import Case, Run, Setting, draw, flip
+from parity.judge import ROUNDED
 from parity.module_cases import draw_parameter
 from parity.module_run import Module
-from parity.step_runs import SECTIONS, SMALL, Program, batches, program
+from parity.step_runs import SECTIONS, SMALL, Program, program
 from parity.tracks import Arrays
+from parity.variety import varied
 
 STEP = 20  # after the warm-up
 MOMENTS = ("mu", "nu")
@@ -33,7 +35,7 @@ class OptimiserStep:
         shapes = module.shapes()
         random = np.random.default_rng(0)
         parameters = {name: draw_parameter(random, name, shapes[name]) for name in sorted(shapes)}
-        return parameters, {"": next(batches(self.config)) | self.moments(parameters)}
+        return parameters, {"": next(varied(self.config)) | self.moments(parameters)}
 
     def moments(self, parameters: Arrays) -> Arrays:
         """Both moments as flat buffers, as if the clip's length were spread over all parameters."""
@@ -67,6 +69,8 @@ def moves(step: Program, parameters: Arrays, inputs: Arrays) -> Arrays:
         moved = getattr(updated, section) - before[section]
         for name, array in step.layout.unflatten(moved).items():
             found[f"output {section} {name}"] = array
+        for name, array in step.layout.unflatten(getattr(updated, section)).items():
+            found[f"{ROUNDED}output {section} {name}"] = array
     return found
 
 

@@ -16,9 +16,10 @@ from foldcore.config import (
     TrainConfig,
 )
 from foldcore.data.loader import open_loader
-from parity.case import Setting
-from parity.tracks import Arrays, Track
+from parity.case import Setting, draw
+from parity.tracks import JAX, Arrays, Track
 
+SPREAD = 0.2  # of weights that start at zero, in units of 1 / sqrt(fan-in)
 SECTIONS = ("params", "mu", "nu", "ema")
 
 SMALL = Config(
@@ -70,7 +71,7 @@ SMALL = Config(
         accept_unknown_resolution=True,
     ),
     # a power of two: the rate is then the same number however its division is compiled
-    optimizer=OptimizerConfig(warmup_steps=16, ema_decay=0.9, ema_warmup=True),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=16, ema_decay=0.9, ema_warmup=True),
     train=TrainConfig(name="parity", batch_size=1, seed=7),
 )
 
@@ -79,6 +80,19 @@ def with_setting(config: Config, setting: Setting) -> Config:
     """The configuration in a precision and an implementation."""
     model = replace(config.model, dtype=setting.dtype, implementation=setting.implementation)
     return replace(config, model=model)
+
+
+def some_way_on(config: Config) -> Arrays:
+    """The initial parameters, and small ones where these are zero: then every part matters."""
+
+    def moved(name: str, array: np.ndarray) -> np.ndarray:
+        if array.any() or not name.endswith(("weights", "_w")):
+            return array
+        return draw(name, array.shape, SPREAD / np.prod(array.shape[-3:-1]) ** 0.5)
+
+    network = JAX.step.Network(replace(config.model, dtype="float32"))
+    named = network.layout.unflatten(network.initialize(config.train.seed))
+    return {name: moved(name, array) for name, array in named.items()}
 
 
 def batches(config: Config) -> Iterator[Arrays]:

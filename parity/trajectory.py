@@ -1,7 +1,7 @@
 """Level 4: a training run in both tracks, with dropout, from the same weights on the same batches.
 
-The batches come from the loader: crops of real proteins, whose recycling passes, masks, templates
-and clamping vary. Rounding differs between the tracks, and training amplifies it; how far the
+The batches come from the loader: crops of real proteins, whose recycling passes, masks, padding,
+templates and clamping vary. Rounding differs between the tracks, and training amplifies it; how far the
 curves of equal runs drift apart is measured, on runs whose initial weights differ by half a unit in
 the last place.
 """
@@ -16,13 +16,15 @@ from foldcore.config import Config
 from parity.case import Setting
 from parity.judge import Row, Verdict
 from parity.noise import FLOORS, ROUNDING, perturb
-from parity.step_runs import SMALL, Program, batches, program
+from parity.step_runs import SMALL, Program, program, some_way_on
 from parity.tracks import TRUNK, Arrays
+from parity.variety import varied
 
 NAME = "training run"
 METRICS = ("loss/total", "grad_norm")
 PERTURBED_RUNS = 4
-MUTATED_STEPS = 10  # a fault in a run shows at once
+FIRST_STEPS = 10  # few numbers say little; a fault shows at once
+LONGEST = 10_000  # steps; arrays that are longer are no curves
 PACKAGES = {"jax": "jaxfold", "torch": "torchfold"}
 Curves = dict[str, np.ndarray]
 
@@ -39,20 +41,19 @@ class Trajectory:
         self.programs = {
             name: program(p, self.config, self.setting) for name, p in PACKAGES.items()
         }
-        self.batches = list(islice(batches(self.config), self.steps))
-        network = self.programs["jax"].network
-        self.start = network.initialize(self.config.train.seed).astype(self.setting.wide)
+        self.batches = list(islice(varied(self.config), self.steps))
+        layout = self.programs["jax"].layout
+        self.start = layout.flatten(some_way_on(self.config)).astype(self.setting.wide)
 
     def judge(self) -> tuple[Verdict, dict[str, Any]]:
         """The verdict, and the curves for the report."""
         found = {name: self.run(name, self.start, self.batches) for name in PACKAGES}
-        others = [
-            self.run("jax", self.perturbed(seed), self.batches) for seed in range(PERTURBED_RUNS)
-        ]
-        rows = self.rows(found, others)
+        starts = [self.perturbed(seed) for seed in range(PERTURBED_RUNS)]
+        runs = [found["jax"], *(self.run("jax", start, self.batches) for start in starts)]
+        rows = self.rows(found, runs)
         verdict = Verdict(NAME, 4, self.setting.dtype, rows, oracle=False)
-        verdict.unnoticed = [name for name in PACKAGES if not self.notices(name, found, others)]
-        return verdict, {f"{NAME} {self.setting.dtype}": self.curves(found, others)}
+        verdict.unnoticed = [name for name in PACKAGES if not self.notices(name, found, runs)]
+        return verdict, {f"{NAME} {self.setting.dtype}": self.curves(found, runs)}
 
     def run(self, name: str, start: np.ndarray, batches: list[Arrays]) -> Curves:
         """Train in one track: what is logged, step by step, and the weights at the end."""
@@ -76,32 +77,34 @@ class Trajectory:
             moved[name] = perturb(array, precision, random)
         return np.concatenate([moved[name].ravel() for name in layout.names])
 
-    def rows(self, found: dict[str, Curves], others: list[Curves]) -> list[Row]:
-        """Distances between the tracks in units of the drift of equal runs."""
-        rows = []
+    def rows(self, found: dict[str, Curves], runs: list[Curves]) -> list[Row]:
+        """Distances between the tracks in units of the drift of equal runs, the first of ``runs``
+        from the others.
+        """
+        rows, (base, *others) = [], runs
         for name, jax in found["jax"].items():
-            size = float(np.abs(jax).max())
-            floor = max(distance(other[name], jax) for other in others)
-            yardstick = max(floor, ROUNDING[self.setting.wide] * size)
-            apart = distance(found["torch"][name], jax)
-            rows.append(Row(name, None, None, apart / size, apart / yardstick, FLOORS))
+            apart = distances(found["torch"][name], jax)
+            drift = np.max([distances(other[name], base[name]) for other in others], axis=0)
+            size = distances(base[name], np.zeros_like(jax))
+            floors = np.maximum(drift, ROUNDING[self.setting.wide] * size)
+            ratio, relative = float((apart / floors).max()), float((apart / size).max())
+            rows.append(Row(name, None, None, relative, ratio, FLOORS))
         return rows
 
-    def notices(self, name: str, found: dict[str, Curves], others: list[Curves]) -> bool:
+    def notices(self, name: str, found: dict[str, Curves], runs: list[Curves]) -> bool:
         """Whether the same comparison fails once one track draws other dropout masks."""
         few = [
-            {**batch, "example_id": batch["example_id"] + 1}
-            for batch in self.batches[:MUTATED_STEPS]
+            {**batch, "example_id": batch["example_id"] + 1} for batch in self.batches[:FIRST_STEPS]
         ]
         broken = {**found, name: self.run(name, self.start, few)}
         short = {track: cut(curves) for track, curves in broken.items()}
-        rows = self.rows(short, [cut(other) for other in others])
+        rows = self.rows(short, [cut(run) for run in runs])
         return any(row.ratio > row.limit for row in rows)
 
-    def curves(self, found: dict[str, Curves], others: list[Curves]) -> dict[str, Any]:
+    def curves(self, found: dict[str, Curves], runs: list[Curves]) -> dict[str, Any]:
         """Loss by step in both tracks, and how far equal runs are apart there."""
         loss = "loss/total"
-        drift = np.max([np.abs(other[loss] - found["jax"][loss]) for other in others], axis=0)
+        drift = np.max([np.abs(run[loss] - found["jax"][loss]) for run in runs[1:]], axis=0)
         passes = [int(batch["num_iter_recycling"][0]) for batch in self.batches]
         return {
             **{track: curves[loss].tolist() for track, curves in found.items()},
@@ -110,12 +113,18 @@ class Trajectory:
         }
 
 
-def distance(one: np.ndarray, two: np.ndarray) -> float:
-    """The largest between two curves; infinite where one is not finite."""
-    found = float(np.abs(one - two).max())
-    return found if np.isfinite(found) else np.inf
+def distances(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Root mean squares of the difference up to every step from the tenth on, where they are known.
+
+    Curves of equal runs part quickly: an early difference must not hide in later noise. Of weights,
+    which have no steps, all of them count. Infinite where a value is not finite.
+    """
+    square = np.square(np.asarray(one, np.float64) - two)
+    shares = np.cumsum(square) / np.arange(1, square.size + 1)
+    found = np.sqrt(shares[-1:] if square.size > LONGEST else shares[FIRST_STEPS - 1 :])
+    return np.where(np.isfinite(found), found, np.inf)
 
 
 def cut(curves: Curves) -> Curves:
     """The first steps of what is logged."""
-    return {name: curves[name][:MUTATED_STEPS] for name in METRICS}
+    return {name: curves[name][:FIRST_STEPS] for name in METRICS}

@@ -112,7 +112,7 @@ def _three_points(params: published.Params, x: Inputs) -> Outputs:
     del params
     points = [r3.vecs_from_tensor(x["all_atom_positions"][:, atom]) for atom in (0, 1, 2)]
     frames = r3.rigids_from_3_points(*points)
-    return {"single": _matrices(frames.rot), "single origins": r3.vecs_to_tensor(frames.trans)}
+    return {"triads": _matrices(frames.rot), "triads origins": r3.vecs_to_tensor(frames.trans)}
 
 
 # Heads --------------------------------------------------------------------------------------------
