@@ -77,8 +77,13 @@ class ModelConfig:
 class DataConfig:
     """Where examples come from and how they are cut (supplement section 1.2)."""
 
-    path: str = "embedded"  # "embedded", or a folder in OpenProteinSet / OpenFold layout
+    # "embedded", a packed store, or a raw source: a folder in OpenProteinSet / OpenFold layout, or
+    # whatever else foldcore.data.prepare can pack, URLs included
+    path: str = "embedded"
     distillation_path: str = ""  # optional second source, self-distillation structures
+    # raw sources are packed before training: "auto" those of more than 200 alignments, and those
+    # that cannot be read otherwise, once, into a store in ~/.cache/twinfold (or TWINFOLD_CACHE)
+    pack: Literal["auto", "always", "never"] = "auto"
     distillation_probability: float = 0.75  # share of examples from the second source
     validation_path: str = (
         ""  # empty: held out of `path` by split.tsv or by a hash of the linkage group

@@ -27,6 +27,7 @@ from foldcore.data.order import Order, Script
 from foldcore.data.sampler import Plan, recycling_iters
 from foldcore.data.share import Borrower, Lender, meeting_place
 from foldcore.data.source import InProcess, Source, Taken, Workers
+from foldcore.data.stores import find_store
 from foldcore.features import FEATURES, Batch
 
 _log = logging.getLogger(__name__)
@@ -295,10 +296,11 @@ def open_loader(
         )
     if config.data.workers > (cores := os.cpu_count() or 1):
         warn(f"data.workers={config.data.workers}, but there are {cores} cores: fewer do as well")
-    dataset = Dataset(config.data.path, config.data)
+    dataset = Dataset(find_store(config.data.path, config.data, warn), config.data)
     datasets, sources = [dataset], [dataset.source(split(dataset)[0])]
     if config.data.distillation_path:
-        predicted = Dataset(config.data.distillation_path, config.data, distillation=True)
+        path = find_store(config.data.distillation_path, config.data, warn)
+        predicted = Dataset(path, config.data, distillation=True)
         datasets.append(predicted)
         sources.append(predicted.source())
     plan = Plan(sources, config.train.seed, config.data.distillation_probability)

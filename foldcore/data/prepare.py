@@ -69,13 +69,13 @@ def prepare(sources: Sequence[str], out: str | Path, settings: Settings | None =
     settings = settings or Settings()
     root = Path(out).expanduser().absolute()
     inventory = take_inventory(sources)
-    fingerprint = _fingerprint(inventory, settings)
+    key = fingerprint(inventory, settings)
     (root / WORK).mkdir(parents=True, exist_ok=True)
     with _only_one(root / WORK):
         if (root / MANIFEST).is_file():
-            _same_inputs(root, fingerprint)
+            _same_inputs(root, key)
         else:
-            _Preparation(root, inventory, fingerprint, settings).run()
+            _Preparation(root, inventory, key, settings).run()
     shutil.rmtree(root / WORK)
     return root
 
@@ -277,7 +277,7 @@ def _blocks(units: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         yield tuple(units[start : start + TASK_UNITS])
 
 
-def _fingerprint(inventory: Inventory, settings: Settings) -> str:
+def fingerprint(inventory: Inventory, settings: Settings) -> str:
     """Changes with the inputs and with whatever changes the contents of the store."""
     hasher = hashlib.blake2b(f"{VERSION} {settings.max_msa_rows}".encode(), digest_size=16)
     groups: list[Iterable[tuple[str, Input]]] = [

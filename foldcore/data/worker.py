@@ -8,7 +8,6 @@ half a second of a free core. Only short messages cross the connection.
 
 import faulthandler
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Task:
 
 def setup_message(preparer: Any, slots: Slots) -> bytes:
     """What each worker gets first."""
-    return pickle.dumps((preparer, slots.sizes, slots.count))
+    return bytes(ForkingPickler.dumps((preparer, slots.sizes, slots.count)))
 
 
 class Worker:
@@ -54,14 +54,12 @@ class Worker:
         self.since = time.monotonic()  # of its start, or of the task in work
         self._output = tempfile.TemporaryFile()
         self.connection, child = Pipe()
-        environment = os.environ | {name: "1" for name in ONE_THREAD}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         arguments = f"{child.fileno()}, {os.getpid()}, {slots.descriptor}"
         command = f"from foldcore.data.worker import serve; serve({arguments})"
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", command],
             pass_fds=(child.fileno(), slots.descriptor),
-            env=environment,
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             stderr=self._output,
             # a signal to the parent's group must not end a worker that is still starting
@@ -125,6 +123,12 @@ class Worker:
             self.connection.send_bytes(setup)
         except OSError:
             pass  # it is dead, which whoever receives from it notices
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process of ours: it finds the same modules, and computes alone."""
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return os.environ | {name: "1" for name in ONE_THREAD} | {"PYTHONPATH": path}
 
 
 def serve(descriptor: int, parent: int, slots_descriptor: int) -> None:
