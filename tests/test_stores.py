@@ -78,10 +78,10 @@ def test_a_large_source_is_packed_once_and_trains_the_same(
 
 def test_a_changed_source_or_more_rows_is_another_store(tmp_path: Path, cache: Path) -> None:
     raw = build(tmp_path / "raw", ("1ubq_A",))
-    found = {find_store(str(raw), ALWAYS, str)}
+    found = {find_store(str(raw), ALWAYS, print)}
     write(raw / "alignments" / "1ubq_A" / "bfd_hits.a3m", msa("1ubq_A"))
-    found.add(find_store(str(raw), ALWAYS, str))
-    found.add(find_store(str(raw), replace(ALWAYS, max_msa_rows=20_000), str))
+    found.add(find_store(str(raw), ALWAYS, print))
+    found.add(find_store(str(raw), replace(ALWAYS, max_msa_rows=20_000), print))
     assert len(found) == 3 and all(Path(store, MANIFEST).is_file() for store in found)
 
 
