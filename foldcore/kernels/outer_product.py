@@ -18,10 +18,10 @@ from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import Tiles, block, choose, load_tile, load_vector, product, store_tile
 
 COUNT_EPS = tl.constexpr(1e-3)  # added to the number of sequences
-PROGRAMS = 256  # of the gradient by the weights: a little below twice the multiprocessors
+PROGRAMS = 256  # of the gradient by the weights: a little less than two a multiprocessor
 
 # (architecture, channels of pairs up to) -> sizes
-PROJECT = {(90, 128): Tiles(128, 64, 8, 4)}
+PROJECT = {(90, 128): Tiles(128, 64, 8, 3)}
 GRADIENT = {(90, 128): Tiles(128, 64, 8, 2)}
 WEIGHTS = {(90, 128): Tiles(64, 128, 8, 3)}
 
