@@ -4,6 +4,7 @@ CONFIG ?= configs/demo.toml
 SOURCE ?= embedded
 ARGS ?=
 NPROC ?= 1
+DEVICE ?= cpu
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 ifeq ($(GPU),yes)
   # an NVIDIA GPU: Python >= 3.12; CUDA=12 takes the CUDA 12 builds of JAX
@@ -26,7 +27,7 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup prepare doctor train-jax train-torch test test-slow test-gpu bench-kernels bench-loader bench-store lint format oracle clean
+.PHONY: help setup prepare doctor train-jax train-torch parity test test-slow test-gpu bench-kernels bench-loader bench-store lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -65,6 +66,9 @@ train-jax: setup  ## train CONFIG (the demo by default) in JAX; ARGS="train.step
 train-torch: setup  ## the same in PyTorch; NPROC=2 starts two processes, one for each GPU
 	@$(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node=$(NPROC)) \
 	  -m torchfold.train $(CONFIG) $(ARGS)
+
+parity: oracle  ## prove both tracks equal, and equal to DeepMind's code; DEVICE=gpu at full size
+	@$(BIN)/python -m parity.compare --device $(DEVICE) $(ARGS)
 
 test: oracle  ## the test suite: about 8 minutes on two cores
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"

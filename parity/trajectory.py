@@ -1,9 +1,9 @@
 """Level 4: a training run in both tracks, with dropout, from the same weights on the same batches.
 
 The batches come from the loader: crops of real proteins, whose recycling passes, masks, padding,
-templates and clamping vary. Rounding differs between the tracks, and training amplifies it; how far the
-curves of equal runs drift apart is measured, on runs whose initial weights differ by half a unit in
-the last place.
+templates and clamping vary. Rounding differs between the tracks, and training amplifies it; how far
+the curves of equal runs drift apart is measured, on runs whose initial weights differ by half a
+unit in the last place.
 """
 
 from dataclasses import dataclass

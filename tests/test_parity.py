@@ -1,0 +1,169 @@
+"""The parity suite itself: it fails where it should, and reports what it saw."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parity import compare, page, report
+from parity.case import Case, Run, Setting, flip
+from parity.judge import Verdict, examine
+from parity.noise import perturb
+from parity.options import Options
+from parity.tracks import Arrays
+from tests import parity_runs
+
+SIZE = 64
+KEYS = {"name", "level", "dtype", "passed", "error_jax", "error_torch", "difference", "ratio"}
+Fault = Callable[[np.ndarray], np.ndarray]
+
+
+def product(dtype: str, fault: Fault = lambda y: y) -> Run:
+    """A track that multiplies inputs and parameters, and may do it wrong."""
+
+    def run(parameters: Arrays, inputs: Arrays) -> Arrays:
+        w, x = (array.astype(dtype) for array in (parameters["w"], inputs["x"]))
+        weights = np.cos(np.arange(SIZE)).astype(dtype)
+        steps = (x > 0).astype(np.int32)
+        return {"output y": fault(w * x), "gradient w": weights * x, "steps sign": steps}
+
+    return run
+
+
+def case(jax: Fault = lambda y: y, torch: Fault = lambda y: y, **changes: Any) -> Case:
+    """Of such tracks; faults are those of the precision in question, not of the reference."""
+
+    def make() -> tuple[Arrays, dict[str, Arrays]]:
+        random = np.random.default_rng(0)
+        w, x = (random.standard_normal(SIZE).astype(np.float32) for _ in range(2))
+        return {"w": w}, {"": {"x": x}}
+
+    def track(fault: Fault) -> Callable[[Setting], Run]:
+        return lambda setting: product(setting.wide, fault)
+
+    broken = Case("product", 1, make, track(jax), track(torch), flip("w"))
+    return replace(broken, **changes)
+
+
+def judged(case: Case, dtype: str, with_oracle: bool = False) -> Verdict:
+    (verdict,) = examine(case, Setting(dtype), with_oracle)
+    return verdict
+
+
+def off_by(share: float) -> Fault:
+    return lambda y: (y * (1 + share)).astype(y.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_equal_tracks_pass(dtype: str) -> None:
+    verdict = judged(case(), dtype)
+    assert verdict.passed and not verdict.unnoticed
+
+
+@pytest.mark.parametrize("share", [1e-8, -1e-8])
+@pytest.mark.parametrize("track", ["jax", "torch"])
+def test_a_track_that_is_off_in_float64_fails(track: str, share: float) -> None:
+    assert not judged(case(**{track: off_by(share)}), "float64").passed
+    assert judged(case(**{track: off_by(share / 100)}), "float64").passed
+
+
+def test_both_tracks_off_in_the_same_way_fail_against_the_oracle() -> None:
+    both = case(off_by(1e-8), off_by(1e-8), oracle=lambda: product("float64"))
+    assert judged(both, "float64").passed
+    assert not judged(both, "float64", with_oracle=True).passed
+
+
+def test_an_error_of_a_few_noise_floors_fails_in_float32() -> None:
+    def in_float32_only(share: float) -> Fault:
+        return lambda y: off_by(share)(y) if y.dtype == np.float32 else y
+
+    assert judged(case(in_float32_only(1e-7)), "float32").passed
+    assert not judged(case(in_float32_only(2e-6)), "float32").passed
+    assert not judged(case(torch=in_float32_only(2e-6)), "float32").passed
+
+
+def test_values_that_are_not_finite_fail() -> None:
+    assert not judged(case(lambda y: y * np.nan), "float64").passed
+    assert not judged(case(torch=lambda y: np.full_like(y, np.inf)), "float32").passed
+
+
+def test_a_case_that_cannot_fail_does_not_pass() -> None:
+    verdict = judged(case(mutate=lambda parameters, inputs: (parameters, inputs)), "float64")
+    assert not verdict.passed and verdict.unnoticed == ["jax", "torch"]
+
+
+def test_steps_are_counted() -> None:
+    def one_more(run: Run) -> Run:
+        def wrapped(parameters: Arrays, inputs: Arrays) -> Arrays:
+            found = run(parameters, inputs)
+            return found | {"steps sign": found["steps sign"] + (np.arange(SIZE) == 0)}
+
+        return wrapped
+
+    flipped = replace(case(), jax=lambda setting: one_more(product(setting.wide)))
+    verdict = judged(flipped, "float64")
+    assert not verdict.passed and verdict.entry()["flips"] == 1
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [("float32", 2.0**-23), ("bfloat16", 2.0**-7)])
+def test_perturbed_parameters_move_by_half_a_unit(dtype: str, unit: float) -> None:
+    ones = np.ones(4000, np.float32)
+    moves = perturb(ones, dtype, np.random.default_rng(0)) - ones
+    assert set(np.unique(moves)) == {-unit, 0, unit}
+    assert abs(np.abs(moves).mean() - unit / 2) < unit / 20
+
+
+# The report ---------------------------------------------------------------------------------------
+
+
+def test_a_wrong_case_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry = judged(case(off_by(1e-3)), "float64").entry()
+    part = {"dtype": "float64", "cases": [entry], "curves": {}, "environment": {"oracle": None}}
+    monkeypatch.setattr(compare, "run", lambda *_, **__: [part])
+    assert compare.main(["--out", str(tmp_path)]) == 1
+    entry["passed"] = True
+    assert compare.main(["--out", str(tmp_path)]) == 0
+    part["cases"] = []
+    assert compare.main(["--out", str(tmp_path), "--case", "nothing"]) == 2
+
+
+def test_a_process_that_dies_is_a_case_that_failed(tmp_path: Path) -> None:
+    job = Options("float32", config=str(tmp_path / "missing.toml"))
+    (part,) = compare.run([job], tmp_path, at_once=1)
+    assert not part["cases"][0]["passed"] and "status 1" in part["cases"][0]["reason"]
+
+
+def test_report_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = [judged(case(), dtype).entry() for dtype in ("float64", "float32")]
+    loss = {"jax": [3.0, 2.0], "torch": [3.0, 2.5], "drift": [0.0, 0.1], "recycling": [0, 3]}
+    part = {"cases": entries, "curves": {"training run float32": loss}, "environment": {"x": "1"}}
+    report.write(report.merge([part], 1.0), tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written.keys() >= {"cases", "environment"}
+    assert all(KEYS <= entry.keys() for entry in written["cases"])
+    text = (tmp_path / "index.html").read_text()
+    assert text.count("<svg") == 2 and "product" in text and "training run float32" in text
+    assert not re.search(r"(src|href)=|url\(|@import|<script", text)  # nothing is loaded
+    assert "2 of 2 cases passed" in capsys.readouterr().out
+
+
+def test_the_page_names_what_failed() -> None:
+    entry = judged(case(off_by(1e-3)), "float64").entry()
+    result = {"cases": [entry], "curves": {}, "environment": {}}
+    assert "failed: product (float64)" in page.render(result)
+
+
+@pytest.mark.slow
+def test_full_size_comparison_of_a_small_configuration() -> None:
+    found = parity_runs.report("float32", "--config", "tests/data/tiny.toml")
+    names = [case["name"] for case in found["cases"]]
+    assert names == [
+        *(f"tiny network: {n} recycling passes" for n in range(4)),
+        "tiny optimiser step",
+    ]
+    assert found["status"] == 0
