@@ -96,12 +96,15 @@ def examine(case: Case, setting: Setting, with_oracle: bool) -> Iterator[Verdict
         exact = case.torch(Setting("float64", setting.device))
     elif with_oracle and case.oracle:
         exact = case.oracle()
+    moved: list[tuple[Arrays, Arrays]] = []
+    if setting.dtype != "float64":
+        moved = perturbed(case, setting, parameters, next(iter(variants.values())))
     for variant, inputs in variants.items():
         found = {track: run(parameters, inputs) for track, run in runs.items()}
         scale = Scale(found, exact(parameters, inputs) if exact else None, setting.dtype)
-        if setting.dtype != "float64":
-            moved = perturbed(case, setting, parameters, inputs)
-            scale.measure([[run(*each) for each in moved] for run in runs.values()])
+        if moved:
+            near = [(own, {**inputs, **changed}) for own, changed in moved]
+            scale.measure([[run(*each) for each in near] for run in runs.values()])
         verdict = Verdict(
             f"{case.name}: {variant}" if variant else case.name,
             case.level,

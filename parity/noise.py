@@ -38,7 +38,7 @@ def perturb(array: np.ndarray, dtype: str, random: np.random.Generator) -> np.nd
 def perturbed(
     case: Case, setting: Setting, parameters: Arrays, inputs: Arrays
 ) -> list[tuple[Arrays, Arrays]]:
-    """The parameters (the inputs, if there are none) of the runs that measure noise."""
+    """Moved parameters (or inputs, if there are none) of the runs that measure noise."""
     own, names = parameters, case.perturbed_inputs
     if not own:
         own = {name: inputs[name] for name in names}
@@ -49,7 +49,7 @@ def perturbed(
     for seed in range(case.perturbed_runs):
         random = np.random.default_rng(seed)
         moved.append({name: perturb(own[name], dtypes[name], random) for name in sorted(own)})
-    return [(each, inputs) if parameters else ({}, {**inputs, **each}) for each in moved]
+    return [(each, {}) if parameters else ({}, each) for each in moved]
 
 
 def spread(runs: Sequence[Arrays], distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:
