@@ -28,7 +28,7 @@ from foldcore.kernels.triangle import launch_tiles, normalized_product
 
 # (architecture, channels up to) -> sizes
 PROJECT_BACKWARD = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(64, 32, 4, 2)}
-OUTPUT_BACKWARD = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(128, 64, 8, 2)}
+OUTPUT_BACKWARD = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(128, 64, 8, 1)}
 
 
 @triton.jit
