@@ -12,7 +12,7 @@ from foldcore.config import DataConfig
 from foldcore.data.examples import Preparer
 from foldcore.data.report import Report
 from foldcore.data.sampler import ExampleKey, Plan, Source, example_id
-from foldcore.features import FEATURES, dimensions, shape
+from foldcore.features import FEATURES, Batch, dimensions, shape
 
 
 @dataclass
@@ -31,11 +31,13 @@ class Sleeper(Preparer):
         super().__init__([Blank(config)], Plan([source], seed=0))  # type: ignore[list-item]
         self._seconds = {self.plan[p].chain_id: float(s) for p, s in enumerate(seconds)}
 
-    def example(self, key: ExampleKey) -> dict[str, np.ndarray]:
+    def example(self, key: ExampleKey, out: Batch | None = None) -> Batch:
         """An example of zeros, after its time."""
         time.sleep(self._seconds[key.chain_id])
         sizes = dimensions(self.config)
-        example = {n: np.zeros(shape(n, sizes)[1:], f.dtype) for n, f in FEATURES.items()}
+        example = out or {n: np.empty(shape(n, sizes)[1:], f.dtype) for n, f in FEATURES.items()}
+        for array in example.values():
+            array.fill(0)
         example["example_id"][...] = example_id(key.source, key.epoch, key.index)
         return example
 

@@ -14,7 +14,7 @@ from foldcore.config import DataConfig
 from foldcore.data.examples import Preparer
 from foldcore.data.report import Report
 from foldcore.data.sampler import ExampleKey, Plan, Source, example_id
-from foldcore.features import FEATURES, dimensions, shape
+from foldcore.features import FEATURES, Batch, dimensions, shape
 
 TINY = DataConfig(crop_size=4, num_msa_clusters=1, num_extra_msa=1, num_templates=1, prefetch=4)
 
@@ -42,12 +42,12 @@ class Synthetic(Preparer):
         super().__init__([FakeDataset(config)], Plan([source], seed))  # type: ignore[list-item]
         self.seconds, self.slow, self.behaviour = seconds, slow or {}, behaviour or {}
 
-    def example(self, key: ExampleKey) -> dict[str, np.ndarray]:
+    def example(self, key: ExampleKey, out: Batch | None = None) -> Batch:
         if seconds := self.slow.get(key.chain_id, self.seconds):
             time.sleep(seconds)
         misbehave(self.behaviour.get(key.chain_id, ""))
         sizes = dimensions(self.config)
-        example = {n: np.zeros(shape(n, sizes)[1:], f.dtype) for n, f in FEATURES.items()}
+        example = out or {n: np.zeros(shape(n, sizes)[1:], f.dtype) for n, f in FEATURES.items()}
         example["example_id"][...] = example_id(key.source, key.epoch, key.index)
         example["seq_length"][...] = int(key.chain_id[1:])
         return example

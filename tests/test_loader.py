@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from foldcore.data.examples import Preparer
 from foldcore.data.loader import Loader, LoaderError, open_loader
 from foldcore.data.order import merge
 from foldcore.data.pool import WorkerError
-from foldcore.data.sampler import Plan, example_id, recycling_iters
+from foldcore.data.sampler import ExampleKey, Plan, example_id, recycling_iters
 from foldcore.data.slots import Slots, SlotsError
 from foldcore.features import Batch, dimensions, validate
 
@@ -257,14 +258,61 @@ def test_slots_hold_examples_apart(reference: list[Batch]) -> None:
     examples = [{k: v[i] for k, v in reference[0].items()} for i in range(2)]
     for slot in (1, 0):
         slots.begin(slot, slot + 7)
-        slots.write(slot, examples[slot])
+        for name, array in slots.room(slot).items():
+            assert not array.any()
+            array[...] = examples[slot][name]
+        slots.finish(slot)
     again = Slots(slots.descriptor, sizes, 2)
     for slot in range(2):
         assert again.begun(slot) == slot + 7
         for name, value in examples[slot].items():
             np.testing.assert_array_equal(again[slot][name], value, err_msg=name)
-    with pytest.raises(TypeError, match="Cannot cast"):
-        slots.write(0, {**examples[0], "aatype": examples[0]["aatype"].astype(np.float32)})
+    whole = again.room(0)  # as it was made; an attempt that is given up here leaves its slot blank
+    np.testing.assert_array_equal(whole["msa_feat"], examples[0]["msa_feat"])
+    assert not any(array.any() for array in slots.room(0).values())
+    np.testing.assert_array_equal(slots.room(1)["msa_feat"], examples[1]["msa_feat"])
+
+
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_what_fails_half_way_leaves_nothing_behind(
+    reference: list[Batch], tmp_path: Path, how: str
+) -> None:
+    preparer = Spoiler(open_loader(config())._preparer, tmp_path, how)
+    data = replace(config().data, workers=1, ordered=True)
+    warned: list[str] = []
+    with Loader(preparer, data, batch_size=2, max_recycling_iters=3, warn=warned.append) as loader:
+        found = take(loader, 3)
+    assert sum("is tried again" in line for line in warned) == (2 if how == "dies" else 0)
+    if how == "dies":
+        assert_equal(found, reference[:3])
+    else:  # the replacements of the chains that raised
+        assert len(warned) == 2 and all("ZeroDivisionError" in line for line in warned)
+        expected = [preparer.prepare(p, 1 if p in (1, 4) else 0).features for p in range(6)]
+        for position, example in enumerate(expected):
+            for name in example.keys() - {"num_iter_recycling"}:
+                value = found[position // 2][name][position % 2]
+                np.testing.assert_array_equal(value, example[name], err_msg=name)
+
+
+class Spoiler(Preparer):
+    """The first attempt at two positions fails when it has written half of its example."""
+
+    def __init__(self, inner: Preparer, folder: Path, how: str) -> None:
+        super().__init__(inner.datasets, inner.plan)
+        self.victims = {self.plan[p] for p in (1, 4)}
+        self.folder, self.how = folder, how
+
+    def example(self, key: ExampleKey, out: Batch | None = None) -> Batch:
+        marker = self.folder / f"{key.epoch}_{key.index}"
+        if out is not None and key in self.victims and not marker.exists():
+            marker.touch()
+            for name, array in out.items():
+                if name != "msa_row_mask":
+                    array.fill(3)
+            if self.how == "raises":
+                raise ZeroDivisionError
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().example(key, out)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -13,7 +13,7 @@ from foldcore.data.dataset import Dataset
 from foldcore.data.sampler import ExampleKey, Plan, example_id
 from foldcore.data.transforms import make_example
 from foldcore.errors import DataError
-from foldcore.features import dimensions, validate
+from foldcore.features import Batch, dimensions, validate
 
 MAX_ATTEMPTS = 20  # chains tried for one position before giving up
 
@@ -34,7 +34,7 @@ class Prepared:
 
     position: int
     attempt: int = 0  # 0: the plan's own chain; n: its n-th replacement
-    features: dict[str, np.ndarray] | None = None
+    features: Batch | None = None
     failures: list[Failure] = field(default_factory=list)
     notes: list[dict[str, dict[str, int]]] = field(default_factory=list)  # of each source
     seconds: float = 0.0
@@ -58,19 +58,20 @@ class Preparer:
         self,
         position: int,
         first_attempt: int = 0,
-        begin: Callable[[int], object] = lambda attempt: None,
+        begin: Callable[[int], Batch | None] = lambda attempt: None,
     ) -> Prepared:
         """The position's example; where its chain fails, the plan's replacements for it in turn.
 
-        ``begin`` is told the number of each attempt before it is made. The recycling count belongs
-        to the step, not to the example: it is 0 here.
+        ``begin`` is told the number of each attempt before it is made, and returns where to: an
+        earlier example or zeros, to be written over, or None. The recycling count belongs to the
+        step, not to the example: it is 0 here.
         """
         prepared, start = Prepared(position), time.perf_counter()
         for attempt in range(first_attempt, MAX_ATTEMPTS):
-            begin(attempt)
+            out = begin(attempt)
             key = self.plan.replacement(position, attempt)
             try:
-                prepared.features, prepared.attempt = self.example(key), attempt
+                prepared.features, prepared.attempt = self.example(key, out), attempt
                 break
             except Exception as error:
                 prepared.failures.append(failure(key, error))
@@ -78,14 +79,14 @@ class Preparer:
         prepared.seconds = time.perf_counter() - start
         return prepared
 
-    def example(self, key: ExampleKey) -> dict[str, np.ndarray]:
-        """The features of one example, without a batch axis."""
+    def example(self, key: ExampleKey, out: Batch | None = None) -> Batch:
+        """The features of one example, without a batch axis; in ``out``, if that is given."""
         dataset = self.datasets[key.source]
         chance = (self.plan.seed, key.epoch, key.index, key.source)
-        example = make_example(dataset.raw(key.chain_id), dataset.config, chance)
-        name = example_id(key.source, key.epoch, key.index)
-        example["example_id"] = np.asarray(name, np.int32)
-        example["num_iter_recycling"] = np.zeros((), np.int32)
+        example = make_example(dataset.raw(key.chain_id), dataset.config, chance, out=out)
+        numbers = {"example_id": example_id(key.source, key.epoch, key.index)}
+        for name, value in (numbers | {"num_iter_recycling": 0}).items():
+            example.setdefault(name, np.zeros((), np.int32))[...] = value
         validate({k: v[None] for k, v in example.items()}, dimensions(dataset.config))
         return example
 

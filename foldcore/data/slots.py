@@ -29,13 +29,13 @@ class Slots:
     def __init__(self, descriptor: int, sizes: Mapping[str, int], count: int) -> None:
         self.descriptor, self.sizes, self.count = descriptor, dict(sizes), count
         self._places, self._stride = _places(sizes)
-        header = _aligned(4 * count)
-        self.nbytes = header + self._stride * count
+        self._start = _aligned(8 * count)
+        self.nbytes = self._start + self._stride * count
         # grows the file where it is new; another process finds it grown
         os.truncate(descriptor, self.nbytes)
         self._memory = mmap.mmap(descriptor, self.nbytes)
         self._attempts = np.ndarray(count, np.int32, self._memory)
-        self._start = header
+        self._unfinished = np.ndarray(count, np.int32, self._memory, 4 * count)
         self._views: dict[int, Batch] = {}
 
     @classmethod
@@ -56,7 +56,7 @@ class Slots:
     @staticmethod
     def size(sizes: Mapping[str, int], count: int) -> int:
         """Bytes of ``count`` slots."""
-        return _aligned(4 * count) + _places(sizes)[1] * count
+        return _aligned(8 * count) + _places(sizes)[1] * count
 
     def __getitem__(self, slot: int) -> Batch:
         if slot not in self._views:
@@ -69,10 +69,18 @@ class Slots:
             }
         return self._views[slot]
 
-    def write(self, slot: int, example: Mapping[str, np.ndarray]) -> None:
-        """Copy an example into a slot; it must have exactly the schema's features."""
-        for name, array in self[slot].items():
-            np.copyto(array, example[name], casting="no")
+    def room(self, slot: int) -> Batch:
+        """A slot to prepare an example in: it holds an earlier one as it was made, or zeros."""
+        example = self[slot]
+        if self._unfinished[slot]:  # an attempt failed half-way, or its process ended
+            for array in example.values():
+                array.fill(0)
+        self._unfinished[slot] = 1
+        return example
+
+    def finish(self, slot: int) -> None:
+        """The example in a slot is whole."""
+        self._unfinished[slot] = 0
 
     def begin(self, slot: int, attempt: int) -> None:
         """Note which attempt is under way, for the case that it ends its process."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from foldcore.data.examples import Prepared
 from foldcore.data.slots import Slots
+from foldcore.features import Batch
 
 PARENT_CHECK_SECONDS = 5.0
 DUMP_SECONDS = 0.5  # a hung process gets to write where it hangs
@@ -153,13 +154,14 @@ def serve(descriptor: int, parent: int, slots_descriptor: int) -> None:
 
 
 def _prepare(preparer: Any, slots: Slots, task: Task) -> Prepared:
-    def begin(attempt: int) -> None:
+    def begin(attempt: int) -> Batch:
         slots.begin(task.slot, attempt)
+        return slots.room(task.slot)
 
     prepared: Prepared = preparer.prepare(task.position, task.first_attempt, begin)
     if prepared.features is None:
         return replace(prepared, attempt=-1)
-    slots.write(task.slot, prepared.features)
+    slots.finish(task.slot)
     return replace(prepared, features=None)
 
 
