@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten
 
 from foldcore import dropout as definition
 from foldcore.config import Config, TrainConfig
-from tests import toy_model
+from tests import toy_model, triton_interpreter  # noqa: F401
 from tests.torch_twin import TORCH_THREADS
-from torchfold import distributed, train
+from torchfold import distributed, ops, train
 from torchfold._arrays import map_tree
 from torchfold._graphs import TwoParts
 from torchfold._masks import MaskPlan, Request
@@ -54,17 +54,23 @@ def flat_parameters(network: Network) -> np.ndarray:
 # Masks --------------------------------------------------------------------------------------------
 
 
-def test_masks_drawn_together_are_those_of_the_definition() -> None:
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_masks_drawn_together_are_those_of_the_definition(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_chosen", implementation)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     plan, ids = MaskPlan(), np.array([3, -2], np.int32)
     asked = [
         Request("a/x", (1, 5, 4), 0.15, 1),
-        Request("a/y", (9,), 0.25, 1),
+        Request("a/y", (9, 700), 0.25, 1),  # more than one program of the kernel
         Request("t/x", (6, 1), 0.15, 3),
     ]
     owners = [("a", 0), ("a", 0), ("t", 2)]
     for owner, request in zip(owners, asked, strict=True):
         plan.note(owner, request)
-    drawn = plan.draw(5, torch.tensor(STEP), torch.from_numpy(ids), 1)
+    step = torch.tensor(STEP, device=device)
+    drawn = plan.draw(5, step, torch.from_numpy(ids).to(device), 1)
     for owner, request in zip(owners, asked, strict=True):
         want = definition.keep_mask(
             (2, *request.shape),
@@ -76,7 +82,7 @@ def test_masks_drawn_together_are_those_of_the_definition() -> None:
             block=owner[1],
             recycling=1,
         )
-        found = drawn.of(owner).get(request).numpy()
+        found = drawn.of(owner).get(request).cpu().numpy()
         np.testing.assert_array_equal(found, want.repeat(request.repeat, axis=0))
 
 

@@ -2,7 +2,8 @@
 
 Drawn one by one, the masks of a pass are tens of thousands of tiny operations. Which masks a model
 asks for depends on the shapes alone, so a rehearsal notes them (``MaskPlan``) and every pass draws
-them together. Their bits are those of ``foldcore/dropout.py`` either way.
+them together, by one kernel where these are chosen. Their bits are those of ``foldcore/dropout.py``
+in any case.
 """
 
 import math
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Int32
 from torch import Tensor
 
 from foldcore import dropout as definition
+from torchfold import ops
 from torchfold._compiled import piece
 
 Word = Tensor | int
@@ -90,6 +92,7 @@ class MaskPlan:
     def __init__(self) -> None:
         self._requests: dict[float, list[tuple[Owner, Request]]] = {}  # by rate
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[torch.device, tuple[Tensor, list[int], int]] = {}  # of the kernel
 
     def note(self, owner: Owner, request: Request) -> None:
         """Take one more mask into the plan."""
@@ -99,21 +102,64 @@ class MaskPlan:
         self, seed: Word, step: Word, example_id: Int32[Tensor, " b"], recycling: Word
     ) -> Masks:
         """Every mask of a recycling pass."""
-        device = example_id.device
-        paths, blocks = self._paths_and_blocks(device)
-        streams, _ = threefry((paths, example_id), (blocks, recycling), device)
+        draw = self._by_kernel if ops._chosen == "triton" else self._plain
+        parts = draw(seed, step, example_id, recycling)
+        drawn: dict[Owner, dict[str, Tensor]] = {}
+        for (owner, request), part in zip(self._in_order(), parts, strict=True):
+            mask = part.reshape(-1, *request.shape)
+            if request.repeat > 1:
+                mask = mask.repeat_interleave(request.repeat, dim=0)
+            drawn.setdefault(owner, {})[request.path] = mask
+        return Masks(drawn, ("", 0))
+
+    def _plain(
+        self, seed: Word, step: Word, example_id: Int32[Tensor, " b"], recycling: Word
+    ) -> list[Bool[Tensor, "b _"]]:
+        """What is kept, mask by mask."""
+        paths, blocks = self._paths_and_blocks(example_id.device)
+        streams, _ = threefry((paths, example_id), (blocks, recycling), example_id.device)
         bits = _draw_bits(streams, self._sizes(), seed, step)
         rates = list(self._requests)
         by_rate = bits.split([sum(self._sizes(rate)) for rate in rates], dim=1)
-        drawn: dict[Owner, dict[str, Tensor]] = {}
-        for rate, words in zip(rates, by_rate, strict=True):
-            parts = kept(words, rate).split(self._sizes(rate), dim=1)
-            for (owner, request), part in zip(self._requests[rate], parts, strict=True):
-                mask = part.reshape(-1, *request.shape)
-                if request.repeat > 1:
-                    mask = mask.repeat_interleave(request.repeat, dim=0)
-                drawn.setdefault(owner, {})[request.path] = mask
-        return Masks(drawn, ("", 0))
+        return [
+            part
+            for rate, words in zip(rates, by_rate, strict=True)
+            for part in kept(words, rate).split(self._sizes(rate), dim=1)
+        ]
+
+    def _by_kernel(
+        self, seed: Word, step: Word, example_id: Int32[Tensor, " b"], recycling: Word
+    ) -> list[Bool[Tensor, "b _"]]:
+        """The same from one launch."""
+        from foldcore.kernels import dropout as kernel
+        from torchfold._triton import call
+
+        device = example_id.device
+        if device not in self._tables:
+            table, places, total = kernel.table(self._masks())
+            words = [[signed(word) for word in row] for row in table]
+            rows = torch.tensor(words, dtype=torch.int32, device=device)
+            self._tables[device] = rows, places, total
+        rows, places, total = self._tables[device]
+        key = torch.stack([_word(word, device) for word in (seed, step, recycling)])
+        (drawn,) = call(kernel.draw(len(rows), len(example_id), total), rows, example_id, key)
+        parts = zip(places, self._sizes(), strict=True)
+        return [drawn[:, place : place + size].view(torch.bool) for place, size in parts]
+
+    def _masks(self) -> list[tuple[int, int, int, int]]:
+        """What the kernel needs to know of each."""
+        return [
+            (
+                definition.path_hash(request.path),
+                block,
+                math.prod(request.shape),
+                definition.threshold(request.rate),
+            )
+            for (_, block), request in self._in_order()
+        ]
+
+    def _in_order(self) -> list[tuple[Owner, Request]]:
+        return [both for group in self._requests.values() for both in group]
 
     def _all(self, rate: float | None = None) -> list[Request]:
         rates = self._requests if rate is None else [rate]
@@ -126,8 +172,7 @@ class MaskPlan:
         """Hashes of the paths and numbers of the blocks, [requests, 1]."""
         if device not in self._constants:
             hashes = [signed(definition.path_hash(request.path)) for request in self._all()]
-            owners = [owner for group in self._requests.values() for owner, _ in group]
-            words = ([[h] for h in hashes], [[block] for _, block in owners])
+            words = ([[h] for h in hashes], [[owner[1]] for owner, _ in self._in_order()])
             paths, blocks = (torch.tensor(w, dtype=torch.int32, device=device) for w in words)
             self._constants[device] = paths, blocks
         return self._constants[device]
