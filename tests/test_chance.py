@@ -8,8 +8,9 @@ from foldcore.data.chance import Chance
 
 @pytest.mark.parametrize("key", [(0,), (0, 0, 5, 0), (1, 2, 3, 4, 5, 6), (2**40, 7), (2**100, 0)])
 def test_a_stream_is_numpys(key: tuple[int, ...]) -> None:
-    chance = Chance(key)
-    for stream in ((0, 0), (7, 3), (2**33, 1), (5,)):
+    for shape, stream in (((8, 4), (0, 0)), ((8, 4), (7, 3)), ((6,), (5,)), ((3, 2, 5), (2, 0, 4))):
+        chance = Chance(key, shape)
+        chance.generator(*(0 for _ in shape)).integers(20, size=3, dtype=np.uint8)
         seed = np.random.SeedSequence(key, spawn_key=stream)
         expected = np.random.Generator(np.random.Philox(seed))
         ours = chance.generator(*stream)
@@ -22,4 +23,4 @@ def test_a_stream_is_numpys(key: tuple[int, ...]) -> None:
 
 def test_a_negative_key_is_refused() -> None:
     with pytest.raises(ValueError, match="not -1"):
-        Chance((3, -1))
+        Chance((3, -1), (1,))

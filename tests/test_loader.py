@@ -289,6 +289,7 @@ def test_what_fails_half_way_leaves_nothing_behind(
         assert len(warned) == 2 and all("ZeroDivisionError" in line for line in warned)
         expected = [preparer.prepare(p, 1 if p in (1, 4) else 0).features for p in range(6)]
         for position, example in enumerate(expected):
+            assert example is not None
             for name in example.keys() - {"num_iter_recycling"}:
                 value = found[position // 2][name][position % 2]
                 np.testing.assert_array_equal(value, example[name], err_msg=name)

@@ -2,69 +2,79 @@
 
 A stream is numpy's ``Philox(SeedSequence(key, spawn_key=stream))``, bit for bit. Building these two
 objects takes longer than most draws, so the seed's hash (O'Neill's seed_seq, which numpy keeps
-stable) is computed here, its part for the key once, and one bit generator is set anew for each.
+stable) is computed here, for all streams at once, and one bit generator is set anew for each.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt32, UInt64
 
 _WORD = 0xFFFFFFFF
 _POOL = 4  # words of a seed's state
 _INIT_A, _MULT_A = 0x43B0D7E5, 0x931E8875  # of the hash that takes words in
 _INIT_B, _MULT_B = 0x8B51F9DD, 0x58F38DED  # of the hash that gives words out
 _MIX_L, _MIX_R = 0xCA01F9DD, 0x4973F715
+_OUT = np.array([_INIT_B * _MULT_B**n & _WORD for n in range(_POOL + 1)], np.uint32)
 
 
 class Chance:
-    """``generator(stream)`` for one key; a generator is valid until the next one is asked for."""
+    """``generator(*cell)`` for one key: the streams are the cells of a grid of this shape.
 
-    def __init__(self, key: Sequence[int]) -> None:
-        words = [word for number in key for word in _words(number)]
-        words += [0] * (_POOL - len(words))
-        self._constant = _INIT_A
-        self._pool = [self._hash(word) for word in words[:_POOL]]
-        for source in range(_POOL):
-            for target in range(_POOL):
-                if source != target:
-                    mixed = self._hash(self._pool[source])
-                    self._pool[target] = _mix(self._pool[target], mixed)
-        for word in words[_POOL:]:
-            self._pool = [_mix(state, self._hash(word)) for state in self._pool]
-        self._start = (self._constant, self._pool)
+    A generator is valid until the next one is asked for.
+    """
+
+    def __init__(self, key: Sequence[int], shape: Sequence[int]) -> None:
+        self._keys = _keys(*_take_in(key), shape)
         self._philox = np.random.Philox(0)
         self._state: Any = self._philox.state
         self._state["buffer_pos"] = _POOL  # nothing is left of a block that was drawn before
 
-    def generator(self, *stream: int) -> np.random.Generator:
+    def generator(self, *cell: int) -> np.random.Generator:
         """The generator of a stream, from its beginning."""
-        constant, pool = self._start
-        for number in stream:
-            for word in _words(number):
-                mixed = []  # written out: this runs twenty times an example
-                for state in pool:
-                    value = word ^ constant
-                    constant = constant * _MULT_A & _WORD
-                    value = value * constant & _WORD
-                    state = _MIX_L * state - _MIX_R * (value ^ value >> 16) & _WORD
-                    mixed.append(state ^ state >> 16)
-                pool = mixed
-        out, constant = [], _INIT_B
-        for word in pool:
-            word ^= constant
-            constant = constant * _MULT_B & _WORD
-            word = word * constant & _WORD
-            out.append(word ^ word >> 16)
-        self._state["state"]["key"][:] = (out[0] | out[1] << 32, out[2] | out[3] << 32)
+        self._state["state"]["key"] = self._keys[cell]
         self._philox.state = self._state
         return np.random.Generator(self._philox)
 
-    def _hash(self, word: int) -> int:
-        word ^= self._constant
-        self._constant = self._constant * _MULT_A & _WORD
-        word = word * self._constant & _WORD
+
+def _take_in(key: Sequence[int]) -> tuple[list[int], int]:
+    """State of the hash when it has taken the key in, and the constant that comes next."""
+    words = [word for number in key for word in _words(number)]
+    words += [0] * (_POOL - len(words))
+    constant = _INIT_A
+
+    def hashed(word: int) -> int:
+        nonlocal constant
+        word ^= constant
+        constant = constant * _MULT_A & _WORD
+        word = word * constant & _WORD
         return word ^ word >> 16
+
+    pool = [hashed(word) for word in words[:_POOL]]
+    for source in range(_POOL):
+        for target in range(_POOL):
+            if source != target:
+                pool[target] = _mix(pool[target], hashed(pool[source]))
+    for word in words[_POOL:]:
+        pool = [_mix(state, hashed(word)) for state in pool]
+    return pool, constant
+
+
+def _keys(pool: list[int], constant: int, shape: Sequence[int]) -> UInt64[np.ndarray, "*shape 2"]:
+    """Philox's key of each cell: the cell's numbers are taken in as well, then words given out."""
+    states: UInt32[np.ndarray, "*grid 4"] = np.array(pool, np.uint32)
+    for size in shape:
+        powers = [constant * _MULT_A**n & _WORD for n in range(_POOL + 1)]
+        constant, constants = powers[-1], np.array(powers, np.uint32)
+        words = (np.arange(size, dtype=np.uint32)[:, None] ^ constants[:-1]) * constants[1:]
+        words ^= words >> np.uint32(16)
+        states = np.uint32(_MIX_L) * states[..., None, :] - np.uint32(_MIX_R) * words
+        states ^= states >> np.uint32(16)
+    states = (states ^ _OUT[:-1]) * _OUT[1:]
+    states ^= states >> np.uint32(16)
+    low, high = states[..., ::2].astype(np.uint64), states[..., 1::2].astype(np.uint64)
+    return low | high << np.uint64(32)
 
 
 def _mix(state: int, word: int) -> int:

@@ -85,7 +85,7 @@ def make_example(
     was returned, to be written over: taking fresh memory costs as much time as filling it.
     """
 
-    chance = Chance(rng_key)
+    chance = Chance(rng_key, (len(_STREAMS), RECYCLE_SLOTS))
 
     def draw(stream: str, slot: int = 0) -> np.random.Generator:
         return chance.generator(_STREAMS[stream], slot)
