@@ -245,6 +245,28 @@ def apply_update(
     return x + update if residual else update
 
 
+def linear_update(
+    x: Float[Array, "b i j c"],
+    y: Float[Array, "b i j k"],
+    weights: Float[Array, "k c"],
+    bias: Float[Array, " c"],
+    factor: Float[Array, "b ..."] | None = None,
+    *,
+    residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "b i j c"]:
+    """A projection of ``y`` as an update of ``x``.
+
+    With ``factor`` the update is multiplied by it (dropout, the same along axis 1 or 2), with
+    ``residual`` added to ``x``.
+    """
+    if _kernel_runs("linear_update", implementation, x):
+        from jaxfold import _linear_update
+
+        return _linear_update.linear_update(x, y, weights, bias, factor, residual)
+    return apply_update(x, _plus(y @ weights, bias), factor, residual)
+
+
 def transition(
     x: Float[Array, "*batch c"],
     scale: Float[Array, " c"],

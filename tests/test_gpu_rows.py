@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests import kernel_checks, test_kernels_outer_product
+from tests import kernel_checks, test_kernels_outer_product, test_kernels_update
 from tests.test_kernels_jax import check as check_jax
 from tests.test_kernels_rows import (
     layer_norm,
@@ -78,6 +78,26 @@ def test_triangle_multiplication(sizes: dict[str, int], outgoing: bool) -> None:
     check(Case(**{"dtype": BFLOAT16, **sizes}, outgoing=outgoing))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "k", "c", "shared"),
+    [
+        ((1, 128, 256), 256, 256, 1),
+        ((1, 256, 256), 128, 128, 2),
+        ((2, 128, 257), 256, 256, 0),
+        ((4, 129, 129), 64, 64, 2),
+        ((1, 1024, 256), 64, 64, 1),
+        ((1, 37, 7), 40, 72, 1),
+        ((1, 1, 1), 256, 256, 1),
+    ],
+    ids=str,
+)
+def test_linear_update(
+    rows: tuple[int, int, int], k: int, c: int, shared: int, dtype: torch.dtype
+) -> None:
+    test_kernels_update.check(test_kernels_update.Case(rows, k, c, shared, dtype=dtype))
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -123,6 +143,9 @@ def jax_function(op: str, **options: bool):  # type: ignore[no-untyped-def]
             given = {k: given[k] for k in ("pair", "pair_mask", "factor", *fields)}
         elif op == "outer_product_mean":
             given = {k: given[k] for k in ("left", "right", "mask", "weights", "bias")}
+        elif op == "linear_update":
+            names = ("x", "y", "weights", "bias", "factor")
+            given = {k: given[k] for k in names if k in given}
         return getattr(ops, op)(*given.values(), **options, implementation=implementation)
 
     return run
@@ -141,6 +164,12 @@ def test_jax_layer_norm_and_transition() -> None:
     check_jax(jax_function("layer_norm"), norm_arrays((2, 129, 128), seed=0))
     given = transition_arrays((2, 129, 128), 512, seed=0)
     check_jax(jax_function("transition", residual=True), given)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_jax_linear_update(shared: int) -> None:
+    case = test_kernels_update.Case((2, 33, 64), 256, 256, shared)
+    check_jax(jax_function("linear_update", residual=True), test_kernels_update.arrays(case))
 
 
 def test_jax_outer_product_mean() -> None:

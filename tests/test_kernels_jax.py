@@ -15,8 +15,13 @@ import torch
 
 import tests.triton_interpreter  # noqa: F401
 from foldcore.kernels.launch import INTERPRETER, Launch
-from jaxfold import _outer_product, _rows, _triangle, ops
-from tests import test_kernels_outer_product, test_kernels_rows, test_kernels_triangle
+from jaxfold import _linear_update, _outer_product, _rows, _triangle, ops
+from tests import (
+    test_kernels_outer_product,
+    test_kernels_rows,
+    test_kernels_triangle,
+    test_kernels_update,
+)
 from tests.test_kernels_triangle import Case
 from torchfold import _triton
 
@@ -36,7 +41,7 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_outer_product, _rows, _triangle):
+    for module in (_linear_update, _outer_product, _rows, _triangle):
         monkeypatch.setattr(module, "call", call)
         monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
 
@@ -75,6 +80,14 @@ def test_transition() -> None:
         return ops.transition(**arrays, residual=True, implementation=implementation)
 
     check(run, test_kernels_rows.transition_arrays((2, 5, 24), 40, seed=0))
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_linear_update(shared: int) -> None:
+    def run(implementation: str, **given: jax.Array) -> jax.Array:
+        return ops.linear_update(**given, residual=True, implementation=implementation)
+
+    check(run, test_kernels_update.arrays(test_kernels_update.Case((2, 5, 7), 16, 24, shared)))
 
 
 @pytest.mark.parametrize("outgoing", [True, False])

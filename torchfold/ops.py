@@ -9,6 +9,7 @@ Legend: g groups that attend independently (rows, columns), q queries, k keys, h
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -236,6 +237,28 @@ def apply_update(
     if factor is not None:
         update = (update * factor).to(x.dtype)
     return x + update if residual else update
+
+
+def linear_update(
+    x: Float[Tensor, "b i j c"],
+    y: Float[Tensor, "b i j k"],
+    weights: Float[Tensor, "k c"],
+    bias: Float[Tensor, " c"],
+    factor: Float[Tensor, "b ..."] | None = None,
+    *,
+    residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Tensor, "b i j c"]:
+    """A projection of ``y`` as an update of ``x``.
+
+    With ``factor`` the update is multiplied by it (dropout, the same along axis 1 or 2), with
+    ``residual`` added to ``x``.
+    """
+    if _kernel_runs("linear_update", implementation, x):
+        from torchfold import _linear_update
+
+        return _linear_update.linear_update(x, y, weights, bias, factor, residual)
+    return apply_update(x, F.linear(y, weights.T, bias), factor, residual)
 
 
 def transition(

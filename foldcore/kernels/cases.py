@@ -106,6 +106,18 @@ CASES = (
         },
     ),
     Case("layer_norm", {"x": (300, 128), "scale": (128,), "offset": (128,)}),
+    Case(
+        "linear_update",
+        {
+            "x": (2, 5, 30, C),
+            "y": (2, 5, 30, HIDDEN),
+            "weights": (HIDDEN, C),
+            "bias": (C,),
+            "factor": (2, 5, 1, C),
+        },
+        {"residual": True},
+        masks=("factor",),
+    ),
     Case("transition", _TRANSITION, {"residual": True}, tolerance=SWITCHED),
     *(
         Case(
