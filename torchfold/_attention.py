@@ -90,6 +90,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     projected, mask, bias, ctx.axis, ctx.scale = inputs
+    ctx.set_materialize_grads(False)  # of the sums of exponentials, which have none
     ctx.save_for_backward(projected, mask, bias, *output)
 
 

@@ -75,6 +75,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     left, right, _, weights, bias = inputs
+    ctx.set_materialize_grads(False)  # of the counts, which have none
     ctx.save_for_backward(left, right, weights, bias, output[1])
 
 

@@ -47,7 +47,8 @@ class MSARowAttentionWithPairBias(nn.Module):
         msa_mask: Float[Tensor, "b s r"],
     ) -> Float[Tensor, "b s r c_m"]:
         x = self.query_norm(msa)
-        bias = torch.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights)
+        # a plain product: an einsum to [b h i j] would transpose the pair's gradient
+        bias = torch.movedim(self.feat_2d_norm(pair) @ self.feat_2d_weights, -1, 1)
         return self.attention.within(x, msa_mask, bias)
 
 

@@ -5,6 +5,7 @@ the device and never waits for it: shapes are fixed and the host reads no result
 are compiled (``_compiled.py``) and the whole is captured in CUDA graphs (``_graphs.py``).
 """
 
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,11 @@ class Network:
         self._apart = _OnePass(self._model)
         self.layout = make_layout({k: tuple(p.shape) for k, p in parameters(self._model).items()})
         self._dtype = getattr(torch, config.dtype)
-        self._sizes = [p.numel() for p in parameters(self._model).values()]
+        # neighbours in the flat buffer with one dtype: whether they are in the trunk, their sizes
+        sizes = [math.prod(shape) for shape in self.layout.shapes]
+        named = zip(self.layout.names, sizes, strict=True)
+        groups = groupby(named, key=lambda both: both[0].startswith(TRUNK))
+        self._groups = [(trunk, [size for _, size in group]) for trunk, group in groups]
         self._names = {path: _name(path) for path in _paths(self._model)}
         self._plans: dict[Any, MaskPlan] = {}  # of dropout, by the shapes of the features
 
@@ -139,16 +145,21 @@ class Network:
         """Parameters by name; the trunk's are cast to the dtype it computes in."""
         # products need equal types: with a trunk in float64, what follows is in float64 as well
         others = ops.at_least_float32(self._dtype)
-        parts = zip(self.layout, flat.split(self._sizes), strict=True)
-        return {
-            name: part.view(shape).to(self._dtype if name.startswith(TRUNK) else others)
-            for (name, shape, _), part in parts
-        }
+        parts: list[Tensor] = []
+        lengths = [sum(sizes) for _, sizes in self._groups]
+        for (trunk, sizes), group in zip(self._groups, flat.split(lengths), strict=True):
+            # one cast for all, not one for each parameter
+            parts += group.to(self._dtype if trunk else others).split(sizes)
+        shaped = zip(self.layout, parts, strict=True)
+        return {name: part.view(shape) for (name, shape, _), part in shaped}
 
     def flatten(self, tree: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         """Arrays by name as one buffer in at least float32."""
-        wide = [p.to(ops.at_least_float32(p.dtype)).ravel() for _, p in sorted(tree.items())]
-        return torch.cat(wide)
+        arrays = [array for _, array in sorted(tree.items())]
+        groups = groupby(arrays, key=lambda array: array.dtype)
+        # of one dtype at a time, which takes one kernel; together they take the wider one
+        flat = torch.cat([torch.cat([array.ravel() for array in group]) for _, group in groups])
+        return flat.to(ops.at_least_float32(flat.dtype))
 
 
 def value_and_grad(

@@ -84,10 +84,12 @@ class TriangleAttention(nn.Module):
         self, pair: Float[Tensor, "b i j c_z"], pair_mask: Float[Tensor, "b i j"]
     ) -> Float[Tensor, "b i j c_z"]:
         x = self.query_norm(pair)
+        # a plain product: an einsum to [b h i j] would transpose x, and its gradient
+        bias = torch.movedim(x @ self.feat_2d_weights, -1, 1)
+        if self.starting:
+            return self.attention.within(x, pair_mask, bias, axis=2)
         # among edges that end at a residue, query and key are where they start: the columns
-        equation, axis = ("bqkc,ch->bhqk", 2) if self.starting else ("bkqc,ch->bhqk", 1)
-        bias = torch.einsum(equation, x, self.feat_2d_weights)
-        return self.attention.within(x, pair_mask, bias, axis)
+        return self.attention.within(x, pair_mask, bias.mT, axis=1)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):
