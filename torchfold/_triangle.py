@@ -138,7 +138,6 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)  # else zeros for what is returned to be saved
     pair, mask, factor, parameters, ctx.outgoing, ctx.residual = inputs
     ctx.count = len(parameters)
-    ctx.set_materialize_grads(False)  # of the intermediates, which have none
     ctx.save_for_backward(pair, mask, factor, *parameters, *output[1:])
 
 
