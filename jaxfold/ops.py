@@ -145,6 +145,24 @@ def gated_attention(
     return jnp.swapaxes(output, 1, 2) if axis == 1 else output
 
 
+def attention_projection(
+    x: Float[Array, "b s r c"],
+    weights: Float[Array, "c 4 h d"],
+    gate_bias: Float[Array, "h d"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "b s r 4 h d"]:
+    """Query, gate, key and value of each position by one product; only the gate has a bias."""
+    if _kernel_runs("attention_projection", implementation, x):
+        from jaxfold import _rows
+
+        return _rows.attention_projection(x, weights, gate_bias)
+    none = jnp.zeros_like(gate_bias)
+    offsets = jnp.stack([none, gate_bias, none, none])
+    projected = _plus(x @ weights.reshape(len(weights), -1), offsets.ravel())
+    return projected.reshape(*x.shape[:-1], *offsets.shape)
+
+
 def _gather(
     query: Float[Array, "b g q h d"],
     key: Float[Array, "b g k h d"],

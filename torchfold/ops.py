@@ -140,6 +140,23 @@ def gated_attention(
     return output.transpose(1, 2) if axis == 1 else output
 
 
+def attention_projection(
+    x: Float[Tensor, "b s r c"],
+    weights: Float[Tensor, "c 4 h d"],
+    gate_bias: Float[Tensor, "h d"],
+    *,
+    implementation: str | None = None,
+) -> Float[Tensor, "b s r 4 h d"]:
+    """Query, gate, key and value of each position by one product; only the gate has a bias."""
+    if _kernel_runs("attention_projection", implementation, x):
+        from torchfold import _rows
+
+        return _rows.attention_projection(x, weights, gate_bias)
+    none = torch.zeros_like(gate_bias)
+    offsets = torch.stack([none, gate_bias, none, none])
+    return F.linear(x, weights.flatten(1).T, offsets.flatten()).unflatten(-1, offsets.shape)
+
+
 def _gather(
     query: Float[Tensor, "b g q h d"],
     key: Float[Tensor, "b g k h d"],

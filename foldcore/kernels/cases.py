@@ -105,6 +105,10 @@ CASES = (
             "bias": (C,),
         },
     ),
+    Case(
+        "attention_projection",
+        {"x": (1, 10, 30, C), "weights": (C, 4, 2, 16), "gate_bias": (2, 16)},
+    ),
     Case("layer_norm", {"x": (300, 128), "scale": (128,), "offset": (128,)}),
     Case(
         "linear_update",

@@ -177,3 +177,42 @@ def column_sums(n: int, m: int, dtype: str, architecture: int) -> Launch:
         constants={"N": n, "M": m, "BLOCK_N": rows, "BLOCK_M": columns},
         num_warps=4,
     )
+
+
+@triton.jit
+def slice_sums_kernel(
+    x_ptr,  # [n, w]
+    sums_ptr,  # [t, m]: of the columns from FIRST on, over the rows of a program
+    N: tl.constexpr,
+    W: tl.constexpr,
+    FIRST: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    base = x_ptr + tile * ROWS * W + FIRST
+    left = N - tile * ROWS
+    row = tl.arange(0, BLOCK_N)[:, None]
+    index = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, ROWS, BLOCK_N):
+        tile_rows = load_tile(base + start * W, left - start, M, row, index[None, :], W, 1)
+        total += tile_rows.to(tl.float32)
+    tl.store(sums_ptr + tile * M + index, tl.sum(total, 0), mask=index < M)
+
+
+def slice_sums(n: int, width: int, first: int, m: int, architecture: int) -> Launch:
+    """x [n, width] -> sums [t, m] of the ``m`` columns from ``first`` on, for ``column_sums``."""
+    rows, steps = max(1, 8192 // block(m)), 4  # 65536 rows of 128 channels make 256 programs
+    if architecture == INTERPRETER:
+        rows, steps = 16, 2
+    return Launch(
+        kernel=slice_sums_kernel,
+        grid=(cdiv(n, rows * steps),),
+        outputs=(Output((cdiv(n, rows * steps), m), "float32"),),
+        constants={"N": n, "W": width, "FIRST": first, "M": m}
+        | {"ROWS": rows * steps, "BLOCK_N": rows, "BLOCK_M": block(m)},
+        num_warps=8,
+    )
