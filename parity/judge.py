@@ -102,9 +102,9 @@ def examine(case: Case, setting: Setting, with_oracle: bool) -> Iterator[Verdict
     for variant, inputs in variants.items():
         found = {track: run(parameters, inputs) for track, run in runs.items()}
         scale = Scale(found, exact(parameters, inputs) if exact else None, setting.dtype)
-        if moved:
+        if moved and exact:
             near = [(own, {**inputs, **changed}) for own, changed in moved]
-            scale.measure([[run(*each) for each in near] for run in runs.values()])
+            scale.measure([[run(*each) for each in near] for run in (*runs.values(), exact)])
         verdict = Verdict(
             f"{case.name}: {variant}" if variant else case.name,
             case.level,
@@ -154,7 +154,7 @@ class Scale:
         return float(np.linalg.norm(np.asarray(array, np.float64)))
 
     def measure(self, runs: list[list[Arrays]]) -> None:
-        """Take the spread of the perturbed runs of each track as noise."""
+        """Take the spread of perturbed runs as noise: of each track, then of those in float64."""
         for each in runs:
             far, flips = spread(each, norm_of_difference), spread(each, count_of_differences)
             self.spreads.append({n: flips[n] if is_step(n) else far[n] for n in far})
