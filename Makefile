@@ -27,11 +27,11 @@ TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(MACHINE).txt \
       $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help setup prepare doctor train-jax train-torch parity test test-slow test-gpu bench-kernels bench-loader bench-store lint format oracle clean
+.PHONY: help setup prepare doctor train-jax train-torch parity test test-slow test-gpu parity-throughput bench-kernels bench-loader bench-store lint format oracle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(VENV)/.base  ## install twinfold into .venv
 
@@ -78,6 +78,9 @@ test-slow: oracle  ## the tests that take longer
 
 test-gpu: oracle  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu
+
+parity-throughput: setup  ## step times of both tracks, with a page of bars; ARGS="--profile"
+	@$(BIN)/python -m parity.throughput $(ARGS)
 
 bench-kernels: setup  ## times and errors of the kernels beside their peers, on an NVIDIA GPU
 	@$(BIN)/python -m parity.bench_kernels $(ARGS)

@@ -4,8 +4,8 @@
 
 Each track runs in a process of its own, with its real ``train_step`` on one batch of the embedded
 chains cut to the configuration's sizes (time does not depend on what the batch holds). Rows go to a
-JSON file and a table to the terminal. Overrides are those of the training programs; the batch size
-is 1 unless they say otherwise.
+JSON file, a page with bars beside it, and a table to the terminal. Overrides are those of the
+training programs; the batch size is 1 unless they say otherwise.
 """
 
 import argparse
@@ -23,9 +23,12 @@ import numpy as np
 
 from foldcore.config import Config, load
 from foldcore.data.loader import open_loader
+from parity import flops, throughput_page
 
 TRACKS = ("jax", "torch")
-COLUMNS = "track config recycling step_ms step_ms_p10 step_ms_p90 examples_per_s peak_gib compile_s"
+COLUMNS = (
+    "track config recycling step_ms step_ms_p10 step_ms_p90 examples_per_s mfu peak_gib compile_s"
+)
 BASE = ("train.batch_size=1", "data.accept_unknown=true", "data.workers=0", "data.prefetch=1")
 TOP = 60  # kernels listed by --profile
 
@@ -50,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
         rows += json.loads(part.read_text())
         part.unlink()
         out.write_text(json.dumps(rows, indent=1))
+        operations = flops.forward(read_config(options.config, options.overrides))
+        page = throughput_page.render(rows, COLUMNS.split(), operations)
+        out.with_suffix(".html").write_text(page, encoding="utf-8")
         print(table(rows), flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -127,7 +133,9 @@ def measure(track: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         batch = trainer.batch(recycling)
         trainer.seconds(batch)
         times = np.array([trainer.seconds(batch)[0] for _ in range(options.steps)]) * 1e3
-        middle, low, high = (float(np.percentile(times, share)) for share in (50, 10, 90))
+        middle, low, high = (float(np.percentile(times, part)) for part in (50, 10, 90))
+        operations = flops.step(config, recycling)
+        share = flops.utilization(operations, middle / 1e3, trainer.device)
         rows.append(
             {
                 "track": track,
@@ -137,6 +145,8 @@ def measure(track: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "step_ms_p10": round(low, 2),
                 "step_ms_p90": round(high, 2),
                 "examples_per_s": round(config.train.batch_size / middle * 1e3, 3),
+                "tflop": round(operations / 1e12, 2),
+                "mfu": share and round(share, 4),
                 "peak_gib": float(trainer.peak_memory().split()[0]),
                 "compile_s": round(max(first - float(np.median(times)) / 1e3, 0), 1),
                 "first_loss": loss,
@@ -149,8 +159,9 @@ def measure(track: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.profile:
         batch = trainer.batch(passes[-1])
         kernels = PROFILERS[track](lambda: trainer.seconds(batch))
+        rows[-1] |= summarize(kernels)
         path = Path(options.out).with_suffix(f".profile_{passes[-1]}.txt")
-        path.write_text(describe(kernels, rows[-1]["step_ms"]))
+        path.write_text(describe(rows[-1]))
         print(path.read_text())
     return rows
 
@@ -200,23 +211,41 @@ def profile_jax(step: Callable[[], Any]) -> Kernels:
 PROFILERS = {"jax": profile_jax, "torch": profile_torch}
 
 
-def describe(kernels: Kernels, step_ms: float) -> str:
+def summarize(kernels: Kernels) -> dict[str, Any]:
+    """Launches, time in kernels, and the slowest of them."""
+    slowest = sorted(kernels.items(), key=lambda item: -item[1][0])[:TOP]
+    return {
+        "launches": sum(count for _, count in kernels.values()),
+        "busy_ms": round(sum(total for total, _ in kernels.values()), 3),
+        "kernels": [
+            {"name": name[:150], "ms": round(total, 3), "calls": count}
+            for name, (total, count) in slowest
+        ],
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
     """The slowest kernels, and how much of the step they fill."""
-    busy = sum(total for total, _ in kernels.values())
-    launches = sum(count for _, count in kernels.values())
+    busy, launches = row["busy_ms"], row["launches"]
     lines = [
-        f"step {step_ms:.1f} ms; {launches} kernels take {busy:.1f} ms of it",
+        f"step {row['step_ms']:.1f} ms; {launches} kernels take {busy:.1f} ms of it",
         f"{'ms':>9} {'share':>6} {'calls':>6}  kernel",
     ]
-    for name, (total, count) in sorted(kernels.items(), key=lambda x: -x[1][0])[:TOP]:
-        lines.append(f"{total:9.3f} {total / max(busy, 1e-9):6.1%} {count:6d}  {name[:150]}")
+    for kernel in row["kernels"]:
+        ms, calls, name = kernel["ms"], kernel["calls"], kernel["name"]
+        lines.append(f"{ms:9.3f} {ms / max(busy, 1e-9):6.1%} {calls:6d}  {name}")
     return "\n".join(lines) + "\n"
+
+
+def shown(value: Any) -> str:
+    """A dash where there is none."""
+    return "-" if value is None else str(value)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
     columns = COLUMNS.split()
-    cells = [columns, *([str(row[name]) for name in columns] for row in rows)]
+    cells = [columns, *([shown(row[name]) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
         "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in cells
