@@ -44,7 +44,8 @@ class Case:
     dtypes: tuple[str, ...] = DTYPES
     narrow_parameters: Callable[[str], bool] = field(default=lambda name: name.startswith(TRUNK))
     perturbed_runs: int = 4  # in each track, to measure noise
-    perturbed_inputs: tuple[str, ...] = ()  # moved to measure noise, where there are no parameters
+    perturbed_inputs: tuple[str, ...] = ()  # moved to measure noise, beside the parameters
+    narrow_inputs: tuple[str, ...] = ()  # in the precision of the trunk
 
 
 def rounded(array: np.ndarray) -> np.ndarray:

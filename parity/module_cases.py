@@ -296,7 +296,8 @@ def _case(
         oracle=oracle,
         # what follows the trunk computes in at least float32
         dtypes=LOW if scopes and scopes[0].startswith(TRUNK) else HIGH,
-        perturbed_inputs=perturbed or derive,
+        perturbed_inputs=(*derive, *perturbed),
+        narrow_inputs=NARROW,
     )
 
 
@@ -356,7 +357,7 @@ def cases() -> list[Case]:
         _case("extra MSA block", _block("extra"), EXTRA_BLOCK, ("extra", "pair"),
               blocks[EXTRA_BLOCK]),
         _case("embedders", _embeddings, embedders, RECYCLED[:2],
-              flip(*(f"{scope}//weights" for scope in embedders[:3]))),
+              flip(*(f"{scope}//weights" for scope in embedders[:3])), ("msa_feat", "target_feat")),
         _case("template_angle_embedder", _template_rows, angles, (), flip(f"{angles[0]}//weights")),
         _case("template_embedding", _template_embedding, TEMPLATES, ("pair",)),
         _case("template_pair_stack", _pair_stack, PAIR_STACK, ("small_pair",)),

@@ -38,18 +38,24 @@ def perturb(array: np.ndarray, dtype: str, random: np.random.Generator) -> np.nd
 def perturbed(
     case: Case, setting: Setting, parameters: Arrays, inputs: Arrays
 ) -> list[tuple[Arrays, Arrays]]:
-    """Moved parameters (or inputs, if there are none) of the runs that measure noise."""
-    own, names = parameters, case.perturbed_inputs
-    if not own:
-        own = {name: inputs[name] for name in names}
-    dtypes = {
-        n: setting.dtype if parameters and case.narrow_parameters(n) else setting.wide for n in own
-    }
+    """Moved parameters, and moved inputs, of the runs that measure noise."""
+
+    chosen = {name: inputs[name] for name in case.perturbed_inputs}
+    narrow = {name for name in parameters if case.narrow_parameters(name)} | {*case.narrow_inputs}
     moved = []
     for seed in range(case.perturbed_runs):
         random = np.random.default_rng(seed)
-        moved.append({name: perturb(own[name], dtypes[name], random) for name in sorted(own)})
-    return [(each, {}) if parameters else ({}, each) for each in moved]
+        own, changed = (
+            {
+                name: perturb(
+                    arrays[name], setting.dtype if name in narrow else setting.wide, random
+                )
+                for name in sorted(arrays)
+            }
+            for arrays in (parameters, chosen)
+        )
+        moved.append((own, changed))
+    return moved
 
 
 def spread(runs: Sequence[Arrays], distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:

@@ -67,6 +67,7 @@ def _case(
         dtypes=dtypes,
         narrow_parameters=lambda name: narrow,
         perturbed_inputs=derive,
+        narrow_inputs=derive if narrow else (),
     )
 
 
