@@ -16,8 +16,8 @@ NUM_CLASSES = 23  # one-hot width: 22 codes and the masked token
 _NO_CODE = 31  # its five bits differ from those of every code
 _PAIRS = 1 << 15  # of a centre and an extra row, compared at a time: they fit in a core's cache
 _ALONE = 1 + 1e-6  # members of a cluster that is its centre alone
-# the 49 features of a cell of such a cluster without deletions, for each letter
-_LETTERS = np.zeros((NUM_CLASSES, 49), np.float32)
+# the 49 features of a cell of such a cluster without deletions, for each letter, and of no cell
+_LETTERS, _NOTHING = np.zeros((NUM_CLASSES + 1, 49), np.float32), NUM_CLASSES
 _LETTERS[range(NUM_CLASSES), range(NUM_CLASSES)] = 1
 _LETTERS[range(NUM_CLASSES), range(25, 48)] = 1 / _ALONE
 REPLACE_UNIFORM, REPLACE_PROFILE, REPLACE_SAME = 0.1, 0.1, 0.1  # else the masked token
@@ -116,8 +116,10 @@ def nearest_centres(
     Exact, and much faster than a product of one-hot matrices. Columns that do not count differ from
     every code, so the nearest centre is the one with the fewest differences.
     """
-    planes = bit_planes(np.where(centres < gap_code, centres, _NO_CODE))[..., None]
     nearest = np.zeros(extra_planes.shape[-1], np.intp)
+    if not len(nearest):
+        return nearest
+    planes = bit_planes(np.where(centres < gap_code, centres, _NO_CODE))[..., None]
     for start in range(0, len(nearest), _PAIRS // len(centres) + 1):
         block = slice(start, start + _PAIRS // len(centres) + 1)
         nearest[block] = _differences(planes, extra_planes[..., block]).argmin(0)
@@ -175,27 +177,31 @@ def msa_feat(
     extra: UInt8[np.ndarray, "e r"],
     extra_deletions: Integer[np.ndarray, "e r"],
     nearest: Int[np.ndarray, "e"],
-    out: Float32[np.ndarray, "s r 49"] | None = None,
-) -> Float32[np.ndarray, "s r 49"]:
+    out: Float32[np.ndarray, "s crop 49"] | None = None,
+) -> Float32[np.ndarray, "s crop 49"]:
     """One-hot letter, has-deletion, deletion value, cluster profile, mean deletion value.
 
     A cluster that is its centre alone has that row's letters as its profile; only the others are
-    counted, and only deletions that there are become values.
+    counted, and only deletions that there are become values. ``out`` may be wider than the rows; it
+    is zero beyond.
     """
     features = np.zeros((*centres.shape, 49), np.float32) if out is None else out
-    for row, letters in enumerate(centres):  # the cells of a row lie end to end, so this is a copy
-        _LETTERS.take(letters, axis=0, out=features[row], mode="clip")
+    rows, length = centres.shape
+    letters = np.full(features.shape[:2], _NOTHING, np.uint8)
+    letters[:, :length] = centres
+    _LETTERS.take(letters, axis=0, out=features, mode="clip")
     at = _nonzero(centre_deletions)
     features[..., 23][at] = 1
     features[..., 24][at] = deletion_value(centre_deletions[at])
     features[..., 48][at] = deletion_value(centre_deletions[at] / _ALONE)
-    joined, number = np.unique(nearest, return_inverse=True)  # clusters of several rows
-    if len(joined):
+    if len(nearest):
+        is_joined = np.bincount(nearest, minlength=rows) > 0
+        joined, number = np.flatnonzero(is_joined), np.cumsum(is_joined) - 1
         profile, mean = cluster_statistics(
-            centres[joined], centre_deletions[joined], extra, extra_deletions, number
+            centres[joined], centre_deletions[joined], extra, extra_deletions, number[nearest]
         )
-        features[joined, :, 25:48] = profile
-        features[joined, :, 48] = deletion_value(mean)
+        features[joined, :length, 25:48] = profile
+        features[joined, :length, 48] = deletion_value(mean)
     return features
 
 

@@ -193,7 +193,8 @@ def _write_msa_samples(
 ) -> None:
     """The MSA features: every recycling pass has its own rows, mask and clusters."""
     profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
-    planes = msa_features.bit_planes(raw.msa)
+    compared = raw.msa if len(raw.msa) > config.num_msa_clusters else raw.msa[:0]
+    planes = msa_features.bit_planes(compared)  # of few rows all are centres
     names = [name for name, feature in FEATURES.items() if "recycle" in feature.dims]
     for slot, draw in enumerate(draws):
         out = {name: example[name][slot] for name in names}
@@ -223,10 +224,9 @@ def _write_msa_sample(
     rows, length = centres.shape
     corner = (slice(rows), slice(length))
     msa_features.msa_feat(
-        centres, deletions, extra, extra_deletions, nearest, out["msa_feat"][corner]
+        centres, deletions, extra, extra_deletions, nearest, out["msa_feat"][:rows]
     )
     out["msa_feat"][rows : written[0], : written[1]] = 0
-    out["msa_feat"][:rows, length : written[1]] = 0
     out["msa_mask"][corner] = 1
     out["msa_row_mask"][:rows] = 1
     out["bert_mask"][corner] = bert_mask[:, window]
