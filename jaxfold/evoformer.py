@@ -43,10 +43,13 @@ class MSARowAttentionWithPairBias(nnx.Module):
         msa: Float[Array, "b s r c_m"],
         pair: Float[Array, "b i j c_z"],
         msa_mask: Float[Array, "b s r"],
+        factor: Float[Array, "b 1 r c_m"] | None = None,
+        residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
         x = self.query_norm(msa)
         bias = jnp.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights[...])
-        return self.attention.within(x, msa_mask, bias)
+        base = msa if residual else None
+        return self.attention.within(x, msa_mask, bias, base=base, factor=factor)
 
 
 class MSAColumnAttention(nnx.Module):
@@ -57,9 +60,13 @@ class MSAColumnAttention(nnx.Module):
         self.attention = Attention(c_m, c_m, c_m, num_heads, c_hidden)
 
     def __call__(
-        self, msa: Float[Array, "b s r c_m"], msa_mask: Float[Array, "b s r"]
+        self,
+        msa: Float[Array, "b s r c_m"],
+        msa_mask: Float[Array, "b s r"],
+        residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
-        return self.attention.within(self.query_norm(msa), msa_mask, axis=1)
+        base = msa if residual else None
+        return self.attention.within(self.query_norm(msa), msa_mask, axis=1, base=base)
 
 
 class MSAColumnGlobalAttention(nnx.Module):
@@ -70,9 +77,13 @@ class MSAColumnGlobalAttention(nnx.Module):
         self.attention = GlobalAttention(c_m, num_heads, c_hidden)
 
     def __call__(
-        self, msa: Float[Array, "b s r c_m"], msa_mask: Float[Array, "b s r"]
+        self,
+        msa: Float[Array, "b s r c_m"],
+        msa_mask: Float[Array, "b s r"],
+        residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
-        return self.attention(self.query_norm(msa), msa_mask, axis=1)
+        base = msa if residual else None
+        return self.attention(self.query_norm(msa), msa_mask, axis=1, base=base)
 
 
 class OuterProductMean(nnx.Module):
@@ -153,13 +164,13 @@ class EvoformerBlock(nnx.Module):
     def _update_msa(
         self, msa: Msa, pair: Pair, msa_mask: Float[Array, "b s r"], dropout: DropoutKey | None
     ) -> Msa:
-        update = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask)
         name = "msa_row_attention_with_pair_bias"
-        msa = msa + primitives.dropout(update, self.msa_dropout, dropout, name, shared_axis=1)
+        factor = primitives.dropout_factor(msa, self.msa_dropout, dropout, name, shared_axis=1)
+        msa = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask, factor, residual=True)
         if self.global_column_attention:
-            msa = msa + self.msa_column_global_attention(msa, msa_mask)
+            msa = self.msa_column_global_attention(msa, msa_mask, residual=True)
         else:
-            msa = msa + self.msa_column_attention(msa, msa_mask)
+            msa = self.msa_column_attention(msa, msa_mask, residual=True)
         return self.msa_transition(msa, residual=True)
 
     def _update_pair(
@@ -176,8 +187,8 @@ class EvoformerBlock(nnx.Module):
             (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
-            update = module(pair, pair_mask)
-            pair = pair + primitives.dropout(update, rate, dropout, name, shared_axis)
+            factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
+            pair = module(pair, pair_mask, factor, residual=True)
         return self.pair_transition(pair, residual=True)
 
 

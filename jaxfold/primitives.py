@@ -7,7 +7,6 @@ Legend: g groups that attend independently, q queries, k keys, h heads, d head w
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,19 +93,34 @@ class Attention(nnx.Module):
         mask: Float[Array, "b s r"],
         bias: Float[Array, "b h n n"] | None = None,
         axis: int = 2,
+        base: Float[Array, "b s r c_out"] | None = None,
+        factor: Float[Array, "b ..."] | None = None,
     ) -> Float[Array, "b s r c_out"]:
         """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
 
-        One product makes what ``ops.gated_attention`` reads of a position.
+        One product makes what ``ops.gated_attention`` reads of a position. The result is multiplied
+        by ``factor`` (dropout) and added to ``base``.
         """
         weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
-        none = jnp.zeros_like(self.gating_b[...])
         packed = jnp.stack([w[...] for w in weights], axis=1)
-        offsets = jnp.stack([none, self.gating_b[...], none, none])
-        projected = _linear(x, packed, offsets)
+        projected = ops.attention_projection(x, packed, self.gating_b[...])
         c_hidden = self.query_w.shape[-1]
         gathered = ops.gated_attention(projected, mask, bias, axis=axis, scale=c_hidden**-0.5)
-        return _linear(gathered, self.output_w[...], self.output_b[...])
+        return _project(gathered, self.output_w[...], self.output_b[...], x, base, factor)
+
+
+def _project(
+    gathered: Float[Array, "b s r h d"],
+    weights: Float[Array, "h d c"],
+    bias: Float[Array, " c"],
+    x: Float[Array, "b s r c"],
+    base: Float[Array, "b s r c"] | None,
+    factor: Float[Array, "b ..."] | None,
+) -> Float[Array, "b s r c"]:
+    """The heads' results as one, times ``factor``, added to ``base``; ``x`` shows its shape."""
+    flat = gathered.reshape(*x.shape[:3], -1), weights.reshape(-1, weights.shape[-1])
+    residual = base is not None
+    return ops.linear_update(x if base is None else base, *flat, bias, factor, residual=residual)
 
 
 class GlobalAttention(nnx.Module):
@@ -122,9 +136,13 @@ class GlobalAttention(nnx.Module):
         self.output_b = parameter((c,), "zeros")
 
     def __call__(
-        self, x: Float[Array, "b s r c"], mask: Float[Array, "b s r"], axis: int = 2
+        self,
+        x: Float[Array, "b s r c"],
+        mask: Float[Array, "b s r"],
+        axis: int = 2,
+        base: Float[Array, "b s r c"] | None = None,
     ) -> Float[Array, "b s r c"]:
-        """Along the rows (axis 2) or the columns (axis 1) of a table."""
+        """Along the rows (axis 2) or the columns (axis 1) of a table, added to ``base``."""
         c_hidden = self.query_w.shape[-1]
         mean = _masked_mean(x, mask, axis)
         query = _scale(jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]), c_hidden**-0.5)
@@ -135,16 +153,7 @@ class GlobalAttention(nnx.Module):
         gate = jnp.einsum("bsrc,chd->bsrhd", x, self.gating_w[...])
         gate = jax.nn.sigmoid(ops._plus(gate, self.gating_b[...]))
         gathered = jnp.expand_dims(gathered, axis) * gate
-        output = jnp.einsum("bsrhd,hdo->bsro", gathered, self.output_w[...])
-        return ops._plus(output, self.output_b[...])
-
-
-def _linear(x: Array, weights: Array, bias: Array) -> Array:
-    """Sum over the axes of the weights that the bias lacks, as one product of two matrices."""
-    summed = weights.ndim - bias.ndim
-    rows, inner = x.shape[: x.ndim - summed], math.prod(weights.shape[:summed])
-    product = ops._plus(x.reshape(*rows, inner) @ weights.reshape(inner, -1), bias.ravel())
-    return product.reshape(*rows, *bias.shape)
+        return _project(gathered, self.output_w[...], self.output_b[...], x, base, factor=None)
 
 
 def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
@@ -250,7 +259,8 @@ def dropout_factor(
         return None
     shape = list(x.shape)
     shape[shared_axis] = 1
-    keep = keep_mask(tuple(shape), rate, key, name)
+    # else XLA draws it again for each element that shares it
+    keep = jax.lax.optimization_barrier(keep_mask(tuple(shape), rate, key, name))
     return keep.astype(ops.at_least_float32(x.dtype)) / (1 - rate)
 
 

@@ -65,8 +65,8 @@ class TemplatePairBlock(nnx.Module):
             (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
-            update = module(pair, pair_mask)
-            pair = pair + primitives.dropout(update, rate, dropout, name, shared_axis)
+            factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
+            pair = module(pair, pair_mask, factor, residual=True)
         for multiplication, name in (
             (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing"),
             (self.triangle_multiplication_incoming, "triangle_multiplication_incoming"),

@@ -79,13 +79,18 @@ class TriangleAttention(nnx.Module):
         self.attention = Attention(c_z, c_z, c_z, num_heads, c_hidden)
 
     def __call__(
-        self, pair: Float[Array, "b i j c_z"], pair_mask: Float[Array, "b i j"]
+        self,
+        pair: Float[Array, "b i j c_z"],
+        pair_mask: Float[Array, "b i j"],
+        factor: Float[Array, "b ..."] | None = None,
+        residual: bool = False,
     ) -> Float[Array, "b i j c_z"]:
         x = self.query_norm(pair)
+        base = pair if residual else None
         # among edges that end at a residue, query and key are where they start: the columns
         equation, axis = ("bqkc,ch->bhqk", 2) if self.starting else ("bkqc,ch->bhqk", 1)
         bias = jnp.einsum(equation, x, self.feat_2d_weights[...])
-        return self.attention.within(x, pair_mask, bias, axis)
+        return self.attention.within(x, pair_mask, bias, axis, base, factor)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):

@@ -45,11 +45,14 @@ class MSARowAttentionWithPairBias(nn.Module):
         msa: Float[Tensor, "b s r c_m"],
         pair: Float[Tensor, "b i j c_z"],
         msa_mask: Float[Tensor, "b s r"],
+        factor: Float[Tensor, "b 1 r c_m"] | None = None,
+        residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
         x = self.query_norm(msa)
         # a plain product: an einsum to [b h i j] would transpose the pair's gradient
         bias = torch.movedim(self.feat_2d_norm(pair) @ self.feat_2d_weights, -1, 1)
-        return self.attention.within(x, msa_mask, bias)
+        base = msa if residual else None
+        return self.attention.within(x, msa_mask, bias, base=base, factor=factor)
 
 
 class MSAColumnAttention(nn.Module):
@@ -61,9 +64,13 @@ class MSAColumnAttention(nn.Module):
         self.attention = Attention(c_m, c_m, c_m, num_heads, c_hidden)
 
     def forward(
-        self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
+        self,
+        msa: Float[Tensor, "b s r c_m"],
+        msa_mask: Float[Tensor, "b s r"],
+        residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
-        return self.attention.within(self.query_norm(msa), msa_mask, axis=1)
+        base = msa if residual else None
+        return self.attention.within(self.query_norm(msa), msa_mask, axis=1, base=base)
 
 
 class MSAColumnGlobalAttention(nn.Module):
@@ -75,9 +82,13 @@ class MSAColumnGlobalAttention(nn.Module):
         self.attention = GlobalAttention(c_m, num_heads, c_hidden)
 
     def forward(
-        self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
+        self,
+        msa: Float[Tensor, "b s r c_m"],
+        msa_mask: Float[Tensor, "b s r"],
+        residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
-        return self.attention(self.query_norm(msa), msa_mask, axis=1)
+        base = msa if residual else None
+        return self.attention(self.query_norm(msa), msa_mask, axis=1, base=base)
 
 
 class OuterProductMean(nn.Module):
@@ -161,13 +172,13 @@ class EvoformerBlock(nn.Module):
     def _update_msa(
         self, msa: Msa, pair: Pair, msa_mask: Float[Tensor, "b s r"], dropout: DropoutKey | None
     ) -> Msa:
-        update = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask)
         name = "msa_row_attention_with_pair_bias"
-        msa = msa + primitives.dropout(update, self.msa_dropout, dropout, name, shared_axis=1)
+        factor = primitives.dropout_factor(msa, self.msa_dropout, dropout, name, shared_axis=1)
+        msa = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask, factor, residual=True)
         if self.global_column_attention:
-            msa = msa + self.msa_column_global_attention(msa, msa_mask)
+            msa = self.msa_column_global_attention(msa, msa_mask, residual=True)
         else:
-            msa = msa + self.msa_column_attention(msa, msa_mask)
+            msa = self.msa_column_attention(msa, msa_mask, residual=True)
         return self.msa_transition(msa, residual=True)
 
     def _update_pair(
@@ -184,8 +195,8 @@ class EvoformerBlock(nn.Module):
             (self.triangle_attention_starting_node, "triangle_attention_starting_node", 1),
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
-            update = module(pair, pair_mask)
-            pair = pair + primitives.dropout(update, rate, dropout, name, shared_axis)
+            factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
+            pair = module(pair, pair_mask, factor, residual=True)
         return self.pair_transition(pair, residual=True)
 
 

@@ -100,20 +100,34 @@ class Attention(nn.Module):
         mask: Float[Tensor, "b s r"],
         bias: Float[Tensor, "b h n n"] | None = None,
         axis: int = 2,
+        base: Float[Tensor, "b s r c_out"] | None = None,
+        factor: Float[Tensor, "b ..."] | None = None,
     ) -> Float[Tensor, "b s r c_out"]:
         """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
 
-        One product makes what ``ops.gated_attention`` reads of a position.
+        One product makes what ``ops.gated_attention`` reads of a position. The result is multiplied
+        by ``factor`` (dropout) and added to ``base``.
         """
         weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
-        none = torch.zeros_like(self.gating_b)
         packed = torch.stack(weights, dim=1)
-        offsets = torch.stack([none, self.gating_b, none, none])
-        projected = F.linear(x, packed.flatten(1).T, offsets.flatten())
-        projected = projected.unflatten(-1, offsets.shape)
+        projected = ops.attention_projection(x, packed, self.gating_b)
         c_hidden = self.query_w.shape[-1]
         gathered = ops.gated_attention(projected, mask, bias, axis=axis, scale=c_hidden**-0.5)
-        return F.linear(gathered.flatten(3), self.output_w.flatten(0, 1).T, self.output_b)
+        return _project(gathered, self.output_w, self.output_b, x, base, factor)
+
+
+def _project(
+    gathered: Float[Tensor, "b s r h d"],
+    weights: Float[Tensor, "h d c"],
+    bias: Float[Tensor, " c"],
+    x: Float[Tensor, "b s r c"],
+    base: Float[Tensor, "b s r c"] | None,
+    factor: Float[Tensor, "b ..."] | None,
+) -> Float[Tensor, "b s r c"]:
+    """The heads' results as one, times ``factor``, added to ``base``; ``x`` shows its shape."""
+    flat = gathered.flatten(3), weights.flatten(0, 1)
+    residual = base is not None
+    return ops.linear_update(x if base is None else base, *flat, bias, factor, residual=residual)
 
 
 class GlobalAttention(nn.Module):
@@ -130,9 +144,13 @@ class GlobalAttention(nn.Module):
         self.output_b = parameter((c,), "zeros")
 
     def forward(
-        self, x: Float[Tensor, "b s r c"], mask: Float[Tensor, "b s r"], axis: int = 2
+        self,
+        x: Float[Tensor, "b s r c"],
+        mask: Float[Tensor, "b s r"],
+        axis: int = 2,
+        base: Float[Tensor, "b s r c"] | None = None,
     ) -> Float[Tensor, "b s r c"]:
-        """Along the rows (axis 2) or the columns (axis 1) of a table."""
+        """Along the rows (axis 2) or the columns (axis 1) of a table, added to ``base``."""
         c_hidden = self.query_w.shape[-1]
         mean = _masked_mean(x, mask, axis)
         query = torch.einsum("bgc,chd->bghd", mean, self.query_w) * c_hidden**-0.5
@@ -142,7 +160,7 @@ class GlobalAttention(nn.Module):
         gathered = ops.global_attention(query, key, value, mask)
         gate = torch.einsum("bsrc,chd->bsrhd", x, self.gating_w) + self.gating_b
         gathered = gathered.unsqueeze(axis) * torch.sigmoid(gate)
-        return torch.einsum("bsrhd,hdo->bsro", gathered, self.output_w) + self.output_b
+        return _project(gathered, self.output_w, self.output_b, x, base, factor=None)
 
 
 def _masked_mean(

@@ -81,15 +81,20 @@ class TriangleAttention(nn.Module):
         self.attention = Attention(c_z, c_z, c_z, num_heads, c_hidden)
 
     def forward(
-        self, pair: Float[Tensor, "b i j c_z"], pair_mask: Float[Tensor, "b i j"]
+        self,
+        pair: Float[Tensor, "b i j c_z"],
+        pair_mask: Float[Tensor, "b i j"],
+        factor: Float[Tensor, "b ..."] | None = None,
+        residual: bool = False,
     ) -> Float[Tensor, "b i j c_z"]:
         x = self.query_norm(pair)
+        base = pair if residual else None
         # a plain product: an einsum to [b h i j] would transpose x, and its gradient
         bias = torch.movedim(x @ self.feat_2d_weights, -1, 1)
         if self.starting:
-            return self.attention.within(x, pair_mask, bias, axis=2)
+            return self.attention.within(x, pair_mask, bias, 2, base, factor)
         # among edges that end at a residue, query and key are where they start: the columns
-        return self.attention.within(x, pair_mask, bias.mT, axis=1)
+        return self.attention.within(x, pair_mask, bias.mT, 1, base, factor)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):
