@@ -198,7 +198,8 @@ class TrainConfig:
     keep: int = 3  # newest checkpoints kept
     deterministic: bool = False
     cuda_graphs: bool = True  # PyTorch on a GPU: capture the whole step in CUDA graphs
-    compile: Literal["none", "blocks"] = "blocks"  # PyTorch on a GPU: what torch.compile sees
+    # PyTorch on a GPU, what torch.compile sees: nothing, all but the trunk's blocks, or these too
+    compile: Literal["none", "structure", "blocks"] = "blocks"
     initial_params: str = (
         ""  # to start from: a DeepMind params_model_*.npz, a run or one of its checkpoints
     )

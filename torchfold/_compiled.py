@@ -1,7 +1,9 @@
 """Functions that ``torch.compile`` sees as one piece: a block, a loss, an update.
 
 A piece is small enough to compile in seconds and is compiled once for all blocks of a stack, whose
-parameters are its inputs. Compiling is switched on for the whole process, by ``step.configure``.
+parameters are its inputs. Compiling is switched on for the whole process, by ``step.configure``: of
+the pieces around the trunk alone, many small float32 operations ("structure"), or of its blocks as
+well ("blocks"), whose time goes into kernels that are there already.
 """
 
 import functools
@@ -12,14 +14,14 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 VERSIONS = 64
-_enabled = False
+_enabled = "none"
 
 
-def enable(on: bool) -> None:
-    """Compile from now on, or no longer."""
+def enable(what: str) -> None:
+    """Compile from now on: "none", "structure" or "blocks"."""
     global _enabled
-    _enabled = on
-    if on:  # a block has a version for each of its uses: with or without gradient, dropout, ...
+    _enabled = what
+    if what != "none":  # a piece has a version for each use: with or without gradient, dropout, ...
         import torch._dynamo  # slow to import, and only needed here
 
         torch._dynamo.config.recompile_limit = VERSIONS
@@ -27,6 +29,15 @@ def enable(on: bool) -> None:
 
 def piece(function: Function) -> Function:
     """Mark a function to be compiled as one piece, without a break."""
+    return _marked(function, ("structure", "blocks"))
+
+
+def trunk_piece(function: Function) -> Function:
+    """The same for a block of the trunk."""
+    return _marked(function, ("blocks",))
+
+
+def _marked(function: Function, when: tuple[str, ...]) -> Function:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
@@ -34,7 +45,7 @@ def piece(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        alone = _enabled and not torch.compiler.is_compiling()  # not inside another piece
+        alone = _enabled in when and not torch.compiler.is_compiling()  # not inside another piece
         return (compiled() if alone else function)(*arguments, **named)
 
     return run  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchfold import ops, primitives
-from torchfold._compiled import piece
+from torchfold._compiled import trunk_piece
 from torchfold.primitives import (
     Attention,
     DropoutKey,
@@ -156,7 +156,7 @@ class EvoformerBlock(nn.Module):
         )
         self.pair_transition = Transition(c_z, transition_factor)
 
-    @piece
+    @trunk_piece
     def forward(
         self,
         msa: Float[Tensor, "b s r c_m"],

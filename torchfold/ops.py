@@ -108,8 +108,24 @@ def attention(
     is no other version: the network needs it for a few templates a pair, where reading the pairs
     takes the time.
     """
+    if query.shape[2] == 1 and bias is None:
+        return _gather_once(query, key, value, mask).to(query.dtype)
     gathered = _gather(query, key, value, mask, bias, scale=1)
     return gathered.to(query.dtype)
+
+
+def _gather_once(
+    query: Float[Tensor, "b g 1 h d"],
+    key: Float[Tensor, "b g k h d"],
+    value: Float[Tensor, "b g k h d"],
+    mask: Float[Tensor, "b g k"],
+) -> Float[Tensor, "b g 1 h d"]:
+    """The same for one query a group, without products of matrices with one row."""
+    wide = at_least_float32(query.dtype)
+    logits = torch.sum(query.to(wide) * key.to(wide), dim=-1)
+    logits = torch.where(mask[..., None] > 0, logits, MASKED_LOGIT)
+    weights = torch.softmax(logits, dim=2).to(value.dtype)
+    return torch.sum(weights[..., None].to(wide) * value.to(wide), dim=2, keepdim=True)
 
 
 def gated_attention(

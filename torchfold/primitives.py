@@ -45,7 +45,7 @@ class Linear(nn.Module):
         self.bias = parameter((c_out,), "ones" if init == "gating" else "zeros")
 
     def forward(self, x: Float[Tensor, "*batch c_in"]) -> Float[Tensor, "*batch c_out"]:
-        return x @ self.weights + self.bias
+        return F.linear(x, self.weights.T, self.bias)
 
 
 class LayerNorm(nn.Module):

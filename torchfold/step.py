@@ -58,7 +58,7 @@ def configure(config: Config) -> None:
     cache = Path(os.environ.get("TWINFOLD_CACHE", "~/.cache/twinfold")).expanduser()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torch"))
     # a CPU runs small models as they are: compiling takes longer than it saves
-    _compiled.enable(config.train.compile == "blocks" and torch.cuda.is_available())
+    _compiled.enable(config.train.compile if torch.cuda.is_available() else "none")
     ops.use(config.model.implementation)
 
 

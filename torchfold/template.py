@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foldcore import constants
 from torchfold import primitives
 from torchfold._arrays import one_hot
-from torchfold._compiled import piece
+from torchfold._compiled import piece, trunk_piece
 from torchfold.embedders import TEMPLATE_CLASSES, distance_bins
 from torchfold.primitives import Attention, DropoutKey, LayerNorm, Linear, Transition
 from torchfold.stack import Recompute, run, stack
@@ -55,7 +55,7 @@ class TemplatePairBlock(nn.Module):
         self.triangle_multiplication_incoming = TriangleMultiplicationIncoming(c_t, triangle_hidden)
         self.pair_transition = Transition(c_t, transition_factor)
 
-    @piece
+    @trunk_piece
     def forward(
         self,
         pair: Float[Tensor, "b i j c_t"],
