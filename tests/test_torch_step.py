@@ -83,7 +83,12 @@ def test_masks_drawn_together_are_those_of_the_definition(
             recycling=1,
         )
         found = drawn.of(owner).get(request).cpu().numpy()
-        np.testing.assert_array_equal(found, want.repeat(request.repeat, axis=0))
+        want = want.repeat(request.repeat, axis=0)
+        np.testing.assert_array_equal(found, want)
+        factor = drawn.of(owner).factor(request)
+        assert (factor is None) == (implementation == "reference")
+        if factor is not None:
+            np.testing.assert_allclose(factor.cpu(), want / (1 - request.rate), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

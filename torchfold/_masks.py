@@ -6,11 +6,12 @@ them together, by one kernel where these are chosen. Their bits are those of ``f
 in any case.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 from torch import Tensor
 
 from foldcore import dropout as definition
@@ -70,10 +71,17 @@ class Request(NamedTuple):
     repeat: int
 
 
+class Drawn(NamedTuple):
+    """One mask: which elements are kept; what to multiply by, where it was computed beside it."""
+
+    kept: Bool[Tensor, "b ..."]
+    factor: Float32[Tensor, "b ..."] | None
+
+
 class Masks:
     """The masks of a pass, by who asks for them."""
 
-    def __init__(self, by_owner: dict[Owner, dict[str, Tensor]], owner: Owner) -> None:
+    def __init__(self, by_owner: dict[Owner, dict[str, Drawn]], owner: Owner) -> None:
         self._by_owner = by_owner
         self._own = by_owner.get(owner, {})
 
@@ -83,7 +91,11 @@ class Masks:
 
     def get(self, request: Request) -> Tensor:
         """The mask for this request, batch axis first."""
-        return self._own[request.path]
+        return self._own[request.path].kept
+
+    def factor(self, request: Request) -> Tensor | None:
+        """1 / (1 - rate) where an element is kept, else 0; None where nobody computed it."""
+        return self._own[request.path].factor
 
 
 class MaskPlan:
@@ -104,33 +116,32 @@ class MaskPlan:
         """Every mask of a recycling pass."""
         draw = self._by_kernel if ops._chosen == "triton" else self._plain
         parts = draw(seed, step, example_id, recycling)
-        drawn: dict[Owner, dict[str, Tensor]] = {}
+        drawn: dict[Owner, dict[str, Drawn]] = {}
         for (owner, request), part in zip(self._in_order(), parts, strict=True):
-            mask = part.reshape(-1, *request.shape)
-            if request.repeat > 1:
-                mask = mask.repeat_interleave(request.repeat, dim=0)
+            factor = None if part.factor is None else _of_request(part.factor, request)
+            mask = Drawn(_of_request(part.kept, request), factor)
             drawn.setdefault(owner, {})[request.path] = mask
         return Masks(drawn, ("", 0))
 
     def _plain(
         self, seed: Word, step: Word, example_id: Int32[Tensor, " b"], recycling: Word
-    ) -> list[Bool[Tensor, "b _"]]:
-        """What is kept, mask by mask."""
+    ) -> list[Drawn]:
+        """Mask by mask, each as a row for every example."""
         paths, blocks = self._paths_and_blocks(example_id.device)
         streams, _ = threefry((paths, example_id), (blocks, recycling), example_id.device)
         bits = _draw_bits(streams, self._sizes(), seed, step)
         rates = list(self._requests)
         by_rate = bits.split([sum(self._sizes(rate)) for rate in rates], dim=1)
         return [
-            part
+            Drawn(part, None)
             for rate, words in zip(rates, by_rate, strict=True)
             for part in kept(words, rate).split(self._sizes(rate), dim=1)
         ]
 
     def _by_kernel(
         self, seed: Word, step: Word, example_id: Int32[Tensor, " b"], recycling: Word
-    ) -> list[Bool[Tensor, "b _"]]:
-        """The same from one launch."""
+    ) -> list[Drawn]:
+        """The same from one launch; the factors of all masks of a rate together."""
         from foldcore.kernels import dropout as kernel
         from torchfold._triton import call
 
@@ -143,8 +154,15 @@ class MaskPlan:
         rows, places, total = self._tables[device]
         key = torch.stack([_word(word, device) for word in (seed, step, recycling)])
         (drawn,) = call(kernel.draw(len(rows), len(example_id), total), rows, example_id, key)
-        parts = zip(places, self._sizes(), strict=True)
-        return [drawn[:, place : place + size].view(torch.bool) for place, size in parts]
+        found, counts = [], [len(requests) for requests in self._requests.values()]
+        starts = [0, *itertools.accumulate(counts)]
+        for rate, first, last in zip(self._requests, starts, starts[1:], strict=False):
+            begin, end = places[first], places[last] if last < len(places) else total
+            factors = drawn[:, begin:end].to(torch.float32) / (1 - rate)
+            for place, size in zip(places[first:last], self._sizes(rate), strict=True):
+                keep = drawn[:, place : place + size].view(torch.bool)
+                found.append(Drawn(keep, factors[:, place - begin : place - begin + size]))
+        return found
 
     def _masks(self) -> list[tuple[int, int, int, int]]:
         """What the kernel needs to know of each."""
@@ -178,6 +196,11 @@ class MaskPlan:
         return self._constants[device]
 
 
+def _of_request(rows: Tensor, request: Request) -> Tensor:
+    mask = rows.reshape(-1, *request.shape)
+    return mask.repeat_interleave(request.repeat, dim=0) if request.repeat > 1 else mask
+
+
 @piece
 def _draw_bits(
     streams: Int32[Tensor, "n b"], sizes: list[int], seed: Word, step: Word
@@ -204,3 +227,6 @@ class Rehearsal:
         """A mask that keeps everything."""
         self._plan.note(self._owner, request)
         return torch.ones((1, *request.shape), dtype=torch.bool, device=self._device)
+
+    def factor(self, request: Request) -> None:
+        """None, as ``Masks`` has where nobody computed it."""

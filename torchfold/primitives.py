@@ -271,6 +271,10 @@ def dropout_factor(
         return None
     shape = list(x.shape)
     shape[shared_axis] = 1
+    if key._masks is not None:
+        request = Request(f"{key.scope}/{name}", tuple(shape[1:]), rate, key._repeat)
+        if (factor := key._masks.factor(request)) is not None:
+            return factor
     keep = keep_mask(tuple(shape), rate, key, name)
     return keep.to(ops.at_least_float32(x.dtype)) / (1 - rate)
 
