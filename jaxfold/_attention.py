@@ -27,6 +27,7 @@ def _problem(projected: Array, bias: Array | None, axis: int, scale: float) -> P
 def gated_attention(
     projected: Array, mask: Array, bias: Array | None, axis: int, scale: float
 ) -> Array:
+    """``ops.gated_attention`` by kernels, forward and backward."""
     return _forward(projected, mask, bias, axis, scale)[0]
 
 

@@ -116,6 +116,7 @@ def of_ops(ops: Any, shape: Shape, implementation: str) -> Callable[..., Any]:
 
 
 def jax_versions(shape: Shape) -> dict[str, Callable[..., Any]]:
+    """The JAX track's implementations, by name."""
     from jaxfold import ops as jax_ops
 
     return {

@@ -25,6 +25,7 @@ CANDIDATES = (bench_attention.candidates, bench_rows.candidates)
 
 
 def main(arguments: list[str]) -> None:
+    """Run the benchmarks, or a sweep of launch sizes, that the command line names."""
     options = dict(argument.split("=", 1) for argument in arguments)
     if "sweep" in options:
         sweep((c for make in CANDIDATES for c in make()), options["sweep"])

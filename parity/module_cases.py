@@ -268,18 +268,16 @@ def _case(
 ) -> Case:
     """``scopes`` are DeepMind's names of the parts whose parameters matter."""
     scopes = (scopes,) if isinstance(scopes, str) else scopes
-    module = Module(
-        lambda track: {"": track.model_of(CONFIG)} if scopes else {},
-        lambda track, modules, x: call(track, modules.get(""), x),
-        derive,
-        NARROW,
-        real=real,
-    )
+
+    def build(track: Any) -> dict[str, Any]:
+        return {"": track.model_of(CONFIG)} if scopes else {}
+
+    module = Module(build, lambda t, m, x: call(t, m.get(""), x), derive, NARROW, real=real)
 
     def make() -> tuple[Arrays, dict[str, Arrays]]:
         everything = make_parameters()
-        own = {n: v for n, v in everything.items() if any(in_scope(n, s) for s in scopes)}
-        return own, {"": make_inputs()}
+        names = [n for n in everything if any(in_scope(n, s) for s in scopes)]
+        return {n: everything[n] for n in names}, {"": make_inputs()}
 
     def oracle() -> Any:
         from parity.oracle import modules

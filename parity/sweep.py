@@ -67,6 +67,7 @@ def time_all(competitors: list[Candidate]) -> list[tuple[float, str]]:
 
 
 def runner(candidate: Candidate, inputs: list[Tensor]) -> Callable[[], object]:
+    """The function that launches a candidate, to be timed."""
     launch = candidate.launch()
     return lambda: candidate.finish(call(launch, *inputs))
 

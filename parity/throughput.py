@@ -133,20 +133,12 @@ def measure(track: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         batch = trainer.batch(recycling)
         trainer.seconds(batch)
         times = np.array([trainer.seconds(batch)[0] for _ in range(options.steps)]) * 1e3
-        middle, low, high = (float(np.percentile(times, part)) for part in (50, 10, 90))
-        operations = flops.step(config, recycling)
-        share = flops.utilization(operations, middle / 1e3, trainer.device)
         rows.append(
             {
                 "track": track,
                 "config": options.config,
                 "recycling": recycling,
-                "step_ms": round(middle, 2),
-                "step_ms_p10": round(low, 2),
-                "step_ms_p90": round(high, 2),
-                "examples_per_s": round(config.train.batch_size / middle * 1e3, 3),
-                "tflop": round(operations / 1e12, 2),
-                "mfu": share and round(share, 4),
+                **step_times(times, config, recycling, trainer.device),
                 "peak_gib": float(trainer.peak_memory().split()[0]),
                 "compile_s": round(max(first - float(np.median(times)) / 1e3, 0), 1),
                 "first_loss": loss,
@@ -164,6 +156,23 @@ def measure(track: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         path.write_text(describe(rows[-1]))
         print(path.read_text())
     return rows
+
+
+def step_times(
+    milliseconds: np.ndarray, config: Config, recycling: int, device: str
+) -> dict[str, Any]:
+    """Median and spread of the steps, and the share of the device's matrix rate they reach."""
+    middle, low, high = (float(np.percentile(milliseconds, part)) for part in (50, 10, 90))
+    operations = flops.step(config, recycling)
+    share = flops.utilization(operations, middle / 1e3, device)
+    return {
+        "step_ms": round(middle, 2),
+        "step_ms_p10": round(low, 2),
+        "step_ms_p90": round(high, 2),
+        "examples_per_s": round(config.train.batch_size / middle * 1e3, 3),
+        "tflop": round(operations / 1e12, 2),
+        "mfu": share and round(share, 4),
+    }
 
 
 Kernels = dict[str, tuple[float, int]]  # name -> milliseconds, calls

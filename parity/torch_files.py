@@ -1,9 +1,9 @@
 """OpenFold's files: state dicts, and the training checkpoints around them, without unpickling."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # the error only: nothing is unpickled
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def write_state_dict(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         # torch's message recommends to unpickle, which would run what the file says
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:

@@ -11,6 +11,7 @@ from torchfold._triton import architecture, call, dtype_name
 def gated_attention(
     projected: Tensor, mask: Tensor, bias: Tensor | None, axis: int, scale: float
 ) -> Tensor:
+    """``ops.gated_attention`` by kernels, forward and backward."""
     return _forward(projected, mask, bias, axis, scale)[0]
 
 
