@@ -199,7 +199,7 @@ class TrainConfig:
     deterministic: bool = False
     cuda_graphs: bool = True  # PyTorch on a GPU: capture the whole step in CUDA graphs
     # PyTorch on a GPU, what torch.compile sees: nothing, all but the trunk's blocks, or these too
-    compile: Literal["none", "structure", "blocks"] = "blocks"
+    compile: Literal["none", "structure", "blocks"] = "none"
     initial_params: str = (
         ""  # to start from: a DeepMind params_model_*.npz, a run or one of its checkpoints
     )
