@@ -1,7 +1,7 @@
 """Prove that both tracks compute the same: the ladder of comparisons, and its report.
 
     python -m parity.compare [--case PATTERN] [--dtype float64|float32|bfloat16] [--level 1..4]
-                             [--device cpu|gpu] [--steps N] [--out runs/parity]
+                             [--device cpu|gpu] [--steps N] [--quick] [--out runs/parity]
                              [--config CONFIG] [section.key=value ...]
 
 Every precision has a process of its own. The report is a table, report.json and index.html in the
@@ -28,6 +28,7 @@ FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"
 )
+STEPS, QUICK_STEPS = 100, 20
 FULL_SIZE = "configs/initial_training.toml"
 
 
@@ -57,7 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--level", action="append", type=int, choices=tuple(LEVELS))
-    parser.add_argument("--steps", type=int, default=100, help="of the training run of level 4")
+    parser.add_argument("--steps", type=int, help="of the training run of level 4 (100)")
+    parser.add_argument("--quick", action="store_true", help="what make test runs")
     parser.add_argument("--out", default="runs/parity")
     parser.add_argument("--config", default="", help="compare levels 2 and 3 at this size")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -77,7 +79,8 @@ def plan(arguments: argparse.Namespace) -> list[Options]:
             device=arguments.device,
             pattern=arguments.case,
             levels=tuple(levels),
-            steps=arguments.steps,
+            steps=arguments.steps or (QUICK_STEPS if arguments.quick else STEPS),
+            quick=arguments.quick,
             config=config,
             overrides=tuple(arguments.overrides),
         )

@@ -1,6 +1,7 @@
 """Level 2, part two: the whole network with recycling: outputs, loss terms, every gradient."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +27,9 @@ PER_ITERATION = ("traj", "traj_rotation", "angles", "unnormalized_angles")
 IN_STRUCTURE = ("backbone_fape", "sidechain_fape", "chi", "angle_norm", "violation")
 
 
-def make() -> tuple[Arrays, dict[str, Arrays]]:
-    """One example with every number of recycling passes."""
-    return make_parameters(), {f"{n} recycling passes": example.make_batch(0, n) for n in PASSES}
+def make(passes: Sequence[int]) -> tuple[Arrays, dict[str, Arrays]]:
+    """One example with these numbers of recycling passes."""
+    return make_parameters(), {f"{n} recycling passes": example.make_batch(0, n) for n in passes}
 
 
 def _config(setting: Setting) -> Any:
@@ -143,13 +144,13 @@ def _oracle() -> Run:
     return network.run()
 
 
-def cases() -> list[Case]:
+def cases(passes: Sequence[int] = PASSES) -> list[Case]:
     """One: the network with 0 to 3 recycling passes."""
     return [
         Case(
             name="network",
             level=2,
-            make=make,
+            make=functools.partial(make, passes),
             jax=jax_run,
             torch=torch_run,
             mutate=flip(MUTATED),

@@ -22,4 +22,5 @@ class Options:
     levels: tuple[int, ...] = tuple(LEVELS)
     steps: int = 100  # of the training run
     config: str = ""  # levels 2 and 3 at the size of this file, instead of reduced size
+    quick: bool = False  # leave out what others nearly cover: see ladder.py
     overrides: tuple[str, ...] = ()  # of the configuration, as on the command line of a run

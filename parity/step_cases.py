@@ -18,6 +18,7 @@ from parity.step_runs import SECTIONS, SMALL, Program, program
 from parity.tracks import Arrays
 from parity.variety import varied
 
+RUNS = 8  # of a thousand arrays some second moments are one large number: few runs say little
 STEP = 20  # after the warm-up
 MOMENTS = ("mu", "nu")
 MUTATED = "evoformer/left_single//weights"
@@ -85,5 +86,6 @@ def cases() -> list[Case]:
             jax=functools.partial(step.run, "jaxfold"),
             torch=functools.partial(step.run, "torchfold"),
             mutate=flip(MUTATED),
+            perturbed_runs=RUNS,
         )
     ]

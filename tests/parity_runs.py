@@ -12,15 +12,13 @@ from parity import ladder, trajectory
 from parity.options import Options
 from tests.conftest import ROOT
 
-STEPS = 20  # of the training run; make parity takes 100
-
 
 @functools.cache
 def report(dtype: str, *arguments: str) -> dict[str, Any]:
     """What the suite reports of one precision."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "parity.compare", "--dtype", dtype, "--out", folder]
-        command += ["--steps", str(STEPS), *arguments]
+        command += ["--quick", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         path = Path(folder) / "report.json"
         assert path.exists(), done.stdout[-2000:] + done.stderr[-4000:]
@@ -31,7 +29,7 @@ def report(dtype: str, *arguments: str) -> dict[str, Any]:
 
 def names(dtype: str) -> list[str]:
     """Of all cases in a precision."""
-    cases = ladder.cases(Options(dtype))
+    cases = ladder.cases(Options(dtype, quick=True))
     return [case.name for case in cases if dtype in case.dtypes] + [trajectory.NAME]
 
 
