@@ -2,8 +2,9 @@
 
 import pytest
 
-from parity import loss_cases, module_cases, network_cases
+from parity import ladder, network_cases
 from parity.noise import FLOAT64
+from parity.options import Options
 from parity.oracle import shim
 from tests import parity_runs
 
@@ -31,13 +32,14 @@ def test_the_tracks_agree(name: str) -> None:
     parity_runs.check(DTYPE, name)
 
 
-@pytest.mark.parametrize("case", [
-    *module_cases.cases(), *loss_cases.cases(), *network_cases.cases()
-], ids=lambda case: case.name)  # fmt: skip
-def test_both_agree_with_published_code(case: module_cases.Case) -> None:
+PUBLISHED = [c.name for c in ladder.cases(Options(DTYPE, quick=True)) if c.oracle]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_both_agree_with_published_code(name: str) -> None:
     if not shim.available():
         pytest.skip(shim.MISSING)
-    for entry in parity_runs.entries(DTYPE, case.name):
+    for entry in parity_runs.entries(DTYPE, name):
         assert entry["oracle"]
         assert max(entry["error_jax"], entry["error_torch"]) <= FLOAT64 or entry["flips"] == 0
 
