@@ -10,7 +10,6 @@ from jax import Array
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
 from foldcore.kernels.rows import column_sums, slice_sums
-from jaxfold import ops
 from jaxfold._triton import architecture, call, dtype_name
 
 
@@ -104,7 +103,8 @@ def attention_projection(x: Array, weights: Array, gate_bias: Array) -> Array:
     """Query, gate, key and value of each row."""
     c, parts, *head = weights.shape
     bias = jnp.zeros((parts, *head), weights.dtype).at[1].set(gate_bias)
-    product = ops._plus(x @ weights.reshape(c, -1), bias.ravel())
+    # a plain sum, which becomes a part of the product; its gradient is not taken here
+    product = x.reshape(-1, c) @ weights.reshape(c, -1) + bias.ravel()
     return product.reshape(*x.shape[:-1], parts, *head)
 
 

@@ -19,11 +19,11 @@ from tests.torch_twin import TORCH_THREADS
 from torchfold import distributed, ops, train
 from torchfold._arrays import map_tree
 from torchfold._graphs import TwoParts
-from torchfold._masks import MaskPlan, Request
+from torchfold._masks import MaskPlan, Rehearsal, Request
 from torchfold.losses import alphafold_loss
 from torchfold.model import RESAMPLED
 from torchfold.ops import UnsupportedOp
-from torchfold.primitives import DropoutKey
+from torchfold.primitives import DropoutKey, dropout_factor
 from torchfold.step import CompiledStep, Network, configure, fetch, prefetch
 from torchfold.train import TrainState
 
@@ -105,6 +105,14 @@ def test_a_network_draws_the_masks_of_its_model(seed: int) -> None:
             for name, value in one_by_one.items():
                 assert torch.equal(together[name], value), name
     assert not torch.equal(without["msa"], one_by_one["msa"])
+
+
+def test_a_rehearsal_has_a_mask_for_every_example() -> None:
+    plan, ids = MaskPlan(), torch.tensor([3, -2], dtype=torch.int32)
+    key = DropoutKey(0, torch.tensor(STEP), ids)
+    key = replace(key, _masks=Rehearsal(plan, ids.device)).repeat(3)
+    factor = dropout_factor(torch.zeros(6, 4, 5, 8), 0.25, key, "x", shared_axis=1)
+    assert factor is not None and factor.shape == (6, 1, 5, 8)
 
 
 # The step in two parts ----------------------------------------------------------------------------

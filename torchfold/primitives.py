@@ -283,7 +283,8 @@ def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -
     """Which elements of a mask of ``shape`` (batch axis first) are kept."""
     path = f"{key.scope}/{name}"
     if key._masks is not None:
-        return key._masks.get(Request(path, shape[1:], rate, key._repeat))
+        mask = key._masks.get(Request(path, shape[1:], rate, key._repeat))
+        return mask.expand(shape)  # a rehearsal has one for all examples
     device = key.example_id.device
     words = (_path_hash(path), key.example_id), (key.block, key.recycling)
     stream, _ = _threefry(*words, device)
