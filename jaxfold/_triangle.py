@@ -13,16 +13,22 @@ from jaxfold._triton import architecture, call, dtype_name
 
 
 def _multiply(left: Array, right: Array, outgoing: bool) -> Array:
-    """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i]."""
-    return left @ right.mT if outgoing else right.mT @ left
+    """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i].
+
+    By einsum: a transposed array would be written out, for two batch axes come between it and the
+    product.
+    """
+    if outgoing:
+        return jnp.einsum("bhik,bhjk->bhij", left, right)
+    return jnp.einsum("bhki,bhkj->bhij", right, left)
 
 
 def _multiply_backward(
     left: Array, right: Array, grad: Array, outgoing: bool
 ) -> tuple[Array, Array]:
     if outgoing:
-        return grad @ right, grad.mT @ left
-    return right @ grad, left @ grad.mT
+        return grad @ right, jnp.einsum("bhij,bhik->bhjk", grad, left)
+    return right @ grad, jnp.einsum("bhkj,bhij->bhki", left, grad)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -78,7 +84,8 @@ def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[
         launch, pair, mask.astype(jnp.float32), *grads, *parameters[:10]
     )
     projections = jnp.einsum("bpc,bpw->cw", normalized, projected_grad)
-    gating = jnp.einsum("bpc,bpd->cd", normalized, gate_grad)
+    # the barrier keeps XLA from copying both gradients side by side for one product instead of two
+    gating = jnp.einsum("bpc,bpd->cd", jax.lax.optimization_barrier(normalized), gate_grad)
     output = jnp.einsum("bph,bpc->hc", center, update_grad)
     together = jnp.concatenate(parameters[2:10:2], axis=1)
     rows_grad = projected_grad @ together.T + gate_grad @ parameters[14].T
