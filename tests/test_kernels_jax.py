@@ -64,8 +64,8 @@ def check(function: Callable[..., jax.Array], given: dict[str, torch.Tensor]) ->
         expected = jax.jit(results, static_argnums=0)("reference")
         kernels = jax.jit(results, static_argnums=0)("triton")
     for name, found in kernels.items():
-        error = jnp.linalg.norm(found - expected[name]) / jnp.linalg.norm(expected[name])
-        assert error < 1e-4, name
+        error = float(jnp.linalg.norm(found - expected[name]) / jnp.linalg.norm(expected[name]))
+        assert error < 1e-4, f"{name}: {error:.1e} of its norm"
 
 
 def test_layer_norm() -> None:
