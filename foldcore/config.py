@@ -65,6 +65,7 @@ class ModelConfig:
     recompute: Literal["none", "block"] = (
         "none"  # "block": recompute each block in the backward pass
     )
+    unroll: bool = False  # JAX: write out the blocks of the pass with gradient, not loop over them
     implementation: Literal["reference", "triton"] = "reference"  # which kernels ops.py runs
 
     def __post_init__(self) -> None:

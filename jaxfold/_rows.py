@@ -102,9 +102,9 @@ transition.defvjp(_transition_forward, _transition_backward)
 def attention_projection(x: Array, weights: Array, gate_bias: Array) -> Array:
     """Query, gate, key and value of each row."""
     c, parts, *head = weights.shape
-    bias = jnp.zeros((parts, *head), weights.dtype).at[1].set(gate_bias)
-    # a plain sum, which becomes a part of the product; its gradient is not taken here
-    product = x.reshape(-1, c) @ weights.reshape(c, -1) + bias.ravel()
+    bias = jnp.zeros((parts, *head), weights.dtype).at[1].set(gate_bias).ravel()
+    # a plain sum with a vector that nothing is fused into becomes a part of the product
+    product = x.reshape(-1, c) @ weights.reshape(c, -1) + jax.lax.optimization_barrier(bias)
     return product.reshape(*x.shape[:-1], parts, *head)
 
 

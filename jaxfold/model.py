@@ -43,23 +43,23 @@ class Recycled(NamedTuple):
 
 
 class AlphaFold(nnx.Module):
-    """The complete monomer network (Suppl. Alg. 2). ``unroll`` writes the stacks out."""
+    """The complete monomer network (Suppl. Alg. 2)."""
 
-    def __init__(self, config: ModelConfig, unroll: bool = False):
+    def __init__(self, config: ModelConfig):
         c = config
         self.c_m, self.c_z = c.c_m, c.c_z
         self.templates_enabled, self.pae_enabled = c.templates_enabled, c.pae_enabled
         self.input_embedder = InputEmbedder(c.c_m, c.c_z, c.max_relative_position)
         self.recycling_embedder = RecyclingEmbedder(c.c_m, c.c_z)
         if c.templates_enabled:
-            self.template_embedding = _template_embedding(c, unroll)
+            self.template_embedding = _template_embedding(c)
             self.template_angle_embedder = TemplateAngleEmbedder(c.c_m)
         self.extra_msa_embedder = ExtraMSAEmbedder(c.c_e)
         self.extra_msa_stack = ExtraMSAStack(
             _evoformer_block(c, extra=True),
             c.extra_msa_blocks,
             recompute=c.recompute,
-            unroll=unroll,
+            unroll=c.unroll,
         )
         self.evoformer = EvoformerStack(
             _evoformer_block(c, extra=False),
@@ -67,7 +67,7 @@ class AlphaFold(nnx.Module):
             c.c_m,
             c.c_s,
             recompute=c.recompute,
-            unroll=unroll,
+            unroll=c.unroll,
         )
         self.structure_module = _structure_module(c)
         self.distogram_head = DistogramHead(c.c_z)
@@ -99,6 +99,7 @@ class AlphaFold(nnx.Module):
 
         def body(index: Int[Array, ""], recycled: Recycled) -> Recycled:
             model = nnx.merge(graphdef, state)
+            model.set_attributes(unroll=False)  # a loop saves nothing that it would have to copy
             outputs = model._pass(_slot(batch, index), recycled, _at_pass(dropout, index))
             return Recycled(
                 outputs["msa_first_row"], outputs["pair"], outputs["final_atom37_positions"]
@@ -234,7 +235,7 @@ def _evoformer_block(c: ModelConfig, extra: bool) -> EvoformerBlock:
     )
 
 
-def _template_embedding(c: ModelConfig, unroll: bool) -> TemplateEmbedding:
+def _template_embedding(c: ModelConfig) -> TemplateEmbedding:
     block = TemplatePairBlock(
         c.c_t,
         num_heads=c.template_pair_heads,
@@ -243,7 +244,7 @@ def _template_embedding(c: ModelConfig, unroll: bool) -> TemplateEmbedding:
         transition_factor=c.template_transition_factor,
         dropout_rate=c.pair_dropout,
     )
-    stack = TemplatePairStack(block, c.template_blocks, recompute=c.recompute, unroll=unroll)
+    stack = TemplatePairStack(block, c.template_blocks, recompute=c.recompute, unroll=c.unroll)
     return TemplateEmbedding(
         c.c_z, c.c_t, c.template_pointwise_heads, c.template_pointwise_head_dim, stack
     )

@@ -3,7 +3,7 @@
 The axis is DeepMind's: slice l holds the parameters of the l-th block to run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -40,7 +40,8 @@ def run(
     """``call(block, carry, index)`` for each block in turn.
 
     ``recompute="block"`` keeps only the carries for the backward pass. ``unroll`` writes the blocks
-    out instead of looping: it compiles slower and may run faster.
+    out instead of looping: that compiles slower, and what is kept for the backward pass stays where
+    it was computed, while a loop copies it to and from arrays that hold all blocks.
     """
     graphdef, state = nnx.split(blocks)
     num_blocks = jax.tree.leaves(state)[0].shape[0]
@@ -53,5 +54,17 @@ def run(
         # in a loop nothing can be merged with its recomputation, so no barrier is needed
         body = jax.checkpoint(body, prevent_cse=unroll)
     layers = (jnp.arange(num_blocks), state)
-    carry, _ = jax.lax.scan(body, carry, layers, unroll=num_blocks if unroll else 1)
+    if not unroll:
+        return jax.lax.scan(body, carry, layers)[0]
+    body = jax.jit(body)  # so that it is traced only once
+    for layer in _unstack(layers, num_blocks):
+        carry, _ = body(carry, layer)
     return carry
+
+
+def _unstack(layers: Any, num_blocks: int) -> Iterator[Any]:
+    """The slices of all arrays, whose gradients are put side by side again, not added up."""
+    leaves, structure = jax.tree.flatten(layers)
+    split = [jax.lax.split(leaf, [1] * num_blocks) for leaf in leaves]
+    for slices in zip(*split, strict=True):
+        yield jax.tree.unflatten(structure, [x[0] for x in slices])

@@ -64,6 +64,8 @@ class Network:
         self.layout = make_layout({name: p.shape for name, p in parameters(model).items()})
         self._dtype = jnp.dtype(config.dtype)
         self._graph, self._variables = nnx.split(model)
+        model.set_attributes(unroll=False)
+        self._looped = nnx.graphdef(model)
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(self._variables)
         paths = [[str(key.key) for key in path[:-1]] for path, _ in leaves]  # the last is "value"
         self._names = [canonical_name(path) for path in paths]  # in the order of nnx
@@ -71,9 +73,10 @@ class Network:
     def __call__(
         self, params: Mapping[str, Array], batch: Mapping[str, Array], dropout: DropoutKey | None
     ) -> dict[str, Array]:
-        """The model's outputs for parameters by name."""
+        """The model's outputs for parameters by name; only with dropout are blocks written out."""
         variables = jax.tree.unflatten(self._structure, [params[name] for name in self._names])
-        return nnx.merge(self._graph, variables)(batch, dropout)
+        graph = self._looped if dropout is None else self._graph
+        return nnx.merge(graph, variables)(batch, dropout)
 
     def initialize(self, seed: int) -> Float32[np.ndarray, " n"]:
         """The initial values of all parameters, on the host."""
