@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 from jax import Array
 
 from foldcore.kernels.launch import NEEDS_GPU, Launch
+from jaxfold._triton_cache import on_disk
 from jaxfold.ops import UnsupportedOp
+
+_cache: Path | None = None  # where compiled kernels are kept
 
 
 def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
@@ -31,6 +35,12 @@ def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
     )
 
 
+def keep_in(folder: Path) -> None:
+    """Keep compiled kernels in this folder; to be called before the first kernel."""
+    global _cache
+    _cache = folder
+
+
 @functools.cache
 def _jax_triton() -> ModuleType:
     """The library, which cannot be imported without a GPU build of jaxlib.
@@ -40,10 +50,19 @@ def _jax_triton() -> ModuleType:
     name = "TRITON_CACHE_DIR"
     folder = os.environ.get(name)
     import jax_triton
+    import triton
+    from jax_triton import triton_lib
 
     del os.environ[name]
     if folder is not None:
         os.environ[name] = folder
+    if _cache is not None:
+        triton_lib.compile_ttir_inplace = on_disk(
+            triton_lib.compile_ttir_inplace,
+            _cache,
+            f"{triton.__version__} {jax_triton.__version__}",
+            triton_lib.CompilationResult,
+        )
     return jax_triton
 
 

@@ -26,7 +26,8 @@ from foldcore.config import Config, ModelConfig
 from foldcore.data.loader import Loader
 from foldcore.deepmind import canonical_name
 from foldcore.layout import make_layout
-from jaxfold import ops
+from jaxfold import _triton, ops
+from jaxfold._triton_cache import compile_all
 from jaxfold.distributed import over_mesh, place
 from jaxfold.model import AlphaFold
 from jaxfold.params import initialize, parameters
@@ -47,6 +48,7 @@ def configure(config: Config) -> None:
     )
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     ops.use(config.model.implementation)
+    _triton.keep_in(cache / "triton-jax")
 
 
 def _compiler_options(config: Config) -> dict[str, bool]:
@@ -160,7 +162,9 @@ class CompiledStep:
         """Start the step; the result may still be on its way when this returns."""
         if self._program is None:
             start = time.perf_counter()
-            self._program = self._jitted.lower(state, batch).compile()
+            traced = self._jitted.trace(state, batch)
+            compile_all(traced.jaxpr)
+            self._program = traced.lower().compile()
             self._started = time.perf_counter()
             self._compiling = self._started - start
         if len(self._results) == IN_FLIGHT:
