@@ -158,7 +158,8 @@ def column_sums_kernel(
     column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, N, BLOCK_N):
+    # loads of several tiles are on their way at once: a program has little else to wait for
+    for start in tl.range(0, N, BLOCK_N, loop_unroll_factor=4):
         inside = (row[:, None] < N - start) & (column[None, :] < M)
         at = x_ptr + (start + row[:, None]) * M + column[None, :]
         total += tl.load(at, mask=inside, other=0.0)
@@ -167,7 +168,8 @@ def column_sums_kernel(
 
 def column_sums(n: int, m: int, dtype: str, architecture: int) -> Launch:
     """x [n, m] float32 -> its sum over rows, [m]: the last step of the gradients of vectors."""
-    rows, columns = min(128, block(n)), 4096 // min(128, block(n))
+    rows = min(128, block(n))
+    columns = max(16, 2048 // rows)
     if architecture == INTERPRETER:
         rows, columns = 16, 64
     return Launch(
