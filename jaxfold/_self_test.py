@@ -1,33 +1,42 @@
 """Runs every kernel once, forward and backward, beside its reference."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from foldcore.kernels.cases import CASES, Case
-from jaxfold import ops
+from foldcore.kernels.cases import CASES, UPDATE, Case, UpdateCase
+from jaxfold import ops, optimizer
 from jaxfold._triton import architecture
+
+EVERY: tuple[Case | UpdateCase, ...] = (*CASES, UPDATE)
+# the results matter here, not the time: no search for the fastest matrix products
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 def run() -> None:
     """Raise WrongKernel for the first kernel whose results differ."""
     architecture()  # says what is missing where no kernel can run
-    arrays = [case.draw() for case in CASES]
-    for case, errors in zip(CASES, jax.device_get(jax.jit(_every_error)(arrays)), strict=True):
+    # side by side, for the time goes into compiling them
+    with ThreadPoolExecutor(len(EVERY)) as pool:
+        found = list(pool.map(_compute_errors, EVERY))
+    for case, errors in zip(EVERY, found, strict=True):
         case.check({name: float(error) for name, error in errors.items()})
 
 
-def _every_error(arrays: list[dict[str, Array]]) -> list[dict[str, Array]]:
-    """Relative errors of all cases, as one program."""
-    return [_errors(case, inputs) for case, inputs in zip(CASES, arrays, strict=True)]
+def _compute_errors(case: Case | UpdateCase) -> dict[str, Any]:
+    """Relative errors of all arrays of a case, as one program."""
+    program = jax.jit(functools.partial(_errors, case), compiler_options=COMPILER_OPTIONS)
+    return jax.device_get(program(case.draw()))
 
 
-def _errors(case: Case, arrays: dict[str, Array]) -> dict[str, Array]:
-    kernel = _results(case, "triton", jnp.bfloat16, arrays)
-    plain = _results(case, "reference", jnp.float32, arrays)
+def _errors(case: Case | UpdateCase, arrays: dict[str, Array]) -> dict[str, Array]:
+    kernel, plain = _run(case, "triton", arrays), _run(case, "reference", arrays)
     return {
         name: jnp.linalg.norm(kernel[name].astype(jnp.float32).ravel() - expected.ravel())
         / jnp.linalg.norm(expected.ravel())
@@ -35,10 +44,10 @@ def _errors(case: Case, arrays: dict[str, Array]) -> dict[str, Array]:
     }
 
 
-def _results(
-    case: Case, implementation: str, dtype: Any, arrays: dict[str, Array]
-) -> Mapping[str, Array]:
-    """Output and gradients for the same bfloat16 numbers, computed in ``dtype``."""
+@functools.singledispatch
+def _run(case: Any, implementation: str, arrays: dict[str, Array]) -> Mapping[str, Array]:
+    """Output and gradients for the same bfloat16 numbers, as kernels get them or in float32."""
+    dtype = jnp.bfloat16 if implementation == "triton" else jnp.float32
     leaves = {
         name: x.astype(jnp.bfloat16).astype(dtype)
         for name, x in arrays.items()
@@ -55,3 +64,26 @@ def _results(
 
     gradients, output = jax.grad(loss, has_aux=True)(leaves)
     return {"the output": output} | {f"the gradient of {k}": x for k, x in gradients.items()}
+
+
+@_run.register
+def _(case: UpdateCase, implementation: str, arrays: dict[str, Array]) -> Mapping[str, Array]:
+    """The new buffers and all norms."""
+    old = optimizer.Buffers(**{name: arrays[name] for name in optimizer.Buffers._fields})
+    step, finite = jnp.int32(case.step), jnp.bool_(True)
+    with _using(implementation):
+        factor, norm = optimizer.clip_factor(arrays["gradient"], case.max_norm)
+        given = (arrays["gradient"], factor, old, step, finite, case.config)
+        new, norms = optimizer.update(*given)
+    return {"the gradient's norm": norm, **new._asdict(), **norms}
+
+
+@contextmanager
+def _using(implementation: str) -> Iterator[None]:
+    """Operations that take no ``implementation``."""
+    before = ops._chosen
+    ops.use(implementation)
+    try:
+        yield
+    finally:
+        ops.use(before)

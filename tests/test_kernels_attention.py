@@ -172,7 +172,7 @@ def test_a_wrong_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
     constants = attention_tiles.Problem.constants
     shapes = {"projected": (1, 2, 20, 4, 1, 16), "mask": (1, 2, 20)}
     case = cases.Case("gated_attention", shapes, {"scale": 0.2})
-    monkeypatch.setattr(_self_test, "CASES", (case,))
+    monkeypatch.setattr(_self_test, "EVERY", (case,))
     ops.self_test()
     monkeypatch.setattr(
         attention_tiles.Problem, "constants", lambda self: constants(self) | {"SCALE": 0.25}

@@ -1,28 +1,40 @@
 """Runs every kernel once, forward and backward, beside its reference."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from foldcore.kernels.cases import CASES, Case
-from torchfold import ops
-from torchfold._triton import architecture
+from foldcore.kernels.cases import CASES, MASKS, UPDATE, Case, MaskCase, UpdateCase
+from torchfold import _compiled, ops, optimizer
+from torchfold._masks import MaskPlan, Request
+from torchfold._triton import architecture, compile_ahead
+
+EVERY: tuple[Case | UpdateCase | MaskCase, ...] = (*CASES, UPDATE, MASKS)
 
 
 def run(device: torch.device) -> None:
     """Raise WrongKernel for the first kernel whose results differ."""
     architecture(device)  # says what is missing where no kernel can run
-    for case in CASES:
-        kernel = _results(case, "triton", torch.bfloat16, device)
-        plain = _results(case, "reference", torch.float32, device)
-        case.check({name: _difference(kernel[name], plain[name]) for name in plain})
+    if device.type == "cuda":
+        compile_ahead(functools.partial(_run_all, device))
+    for case in EVERY:
+        found, expected = _run(case, "triton", device), _run(case, "reference", device)
+        case.check({name: _difference(found[name], x) for name, x in expected.items()})
 
 
-def _results(
-    case: Case, implementation: str, dtype: torch.dtype, device: torch.device
-) -> Mapping[str, Tensor]:
-    """Output and gradients for the same bfloat16 numbers, computed in ``dtype``."""
+def _run_all(device: torch.device) -> None:
+    for case in EVERY:
+        _run(case, "triton", device)
+
+
+@functools.singledispatch
+def _run(case: Any, implementation: str, device: torch.device) -> Mapping[str, Tensor]:
+    """Output and gradients for the same bfloat16 numbers, as kernels get them or in float32."""
+    dtype = torch.bfloat16 if implementation == "triton" else torch.float32
     arrays = {name: torch.from_numpy(x).to(device) for name, x in case.draw().items()}
     leaves = [name for name in arrays if name not in case.masks]
     for name in leaves:
@@ -39,6 +51,48 @@ def _results(
     }
 
 
+@_run.register
+def _(case: UpdateCase, implementation: str, device: torch.device) -> Mapping[str, Tensor]:
+    """The new buffers and all norms."""
+    gradient, *buffers = (torch.from_numpy(x).to(device) for x in case.draw().values())
+    step, finite = (torch.tensor(x, device=device) for x in (case.step, True))
+    with _using(implementation):
+        factor, norm = optimizer.clip_factor(gradient, case.max_norm)
+        old = optimizer.Buffers(*buffers)
+        new, norms = optimizer.update(gradient, factor, old, step, finite, case.config)
+    return {"the gradient's norm": norm, **new._asdict(), **norms}
+
+
+@_run.register
+def _(case: MaskCase, implementation: str, device: torch.device) -> Mapping[str, Tensor]:
+    """Every mask."""
+    plan = MaskPlan()
+    for path, block, shape, rate in case.masks:
+        plan.note((path, block), Request(path, shape, rate, 1))
+    ids = torch.tensor(case.examples, dtype=torch.int32, device=device)
+    with _using(implementation):
+        drawn = plan.draw(case.seed, case.step, ids, case.recycling)
+    return {
+        f"the mask of {path}, block {block}": drawn.of((path, block)).get(
+            Request(path, shape, rate, 1)
+        )
+        for path, block, shape, rate in case.masks
+    }
+
+
+@contextmanager
+def _using(implementation: str) -> Iterator[None]:
+    """Operations that take no ``implementation``; as they are, for to compile them takes longer."""
+    before = ops._chosen, _compiled._enabled
+    ops.use(implementation)
+    _compiled.enable("none")
+    try:
+        yield
+    finally:
+        ops.use(before[0])
+        _compiled.enable(before[1])
+
+
 def _difference(found: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.norm(found.float() - expected)
-    return float(difference / torch.linalg.norm(expected))
+    difference = torch.linalg.norm(found.float() - expected.float())
+    return float(difference / torch.linalg.norm(expected.float()))

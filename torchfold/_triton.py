@@ -2,12 +2,18 @@
 
 import functools
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foldcore.kernels.launch import INTERPRETER, NEEDS_GPU, Launch, Output
 from torchfold.ops import UnsupportedOp
+
+# where launches are noted instead of made
+_noted: list[tuple[Launch, list[torch.dtype]]] | None = None
 
 
 def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -17,6 +23,9 @@ def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
         places[i] if i in places else _allocate(output, inputs[0].device)
         for i, output in enumerate(launch.outputs)
     )
+    if _noted is not None:
+        _noted.append((launch, [x.dtype for x in inputs]))
+        return outputs
     launch.kernel[launch.grid](
         *(x.contiguous() for x in inputs),
         *launch.scalars,
@@ -30,6 +39,52 @@ def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def _allocate(output: Output, device: torch.device) -> Tensor:
     return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
+
+
+def compile_kernel(launch: Launch, input_dtypes: Sequence[torch.dtype]) -> Any:
+    """What Triton makes of a kernel, which its caches then hold."""
+    outputs = [getattr(torch, output.dtype) for output in launch.outputs]
+    return launch.kernel.warmup(
+        *input_dtypes,
+        *launch.scalars,
+        *outputs,
+        grid=launch.grid,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def compile_ahead(function: Callable[[], object]) -> None:
+    """Compile the kernels that ``function`` launches, side by side, and load them.
+
+    ``function`` runs without them: its results mean nothing.
+    """
+    global _noted
+    noted: list[tuple[Launch, list[torch.dtype]]] = []
+    _noted = noted
+    try:
+        function()
+    finally:
+        _noted = None
+    distinct = {_kind(*launch): launch for launch in noted}
+    device = torch.cuda.current_device()  # each thread has its own
+    with ThreadPoolExecutor(
+        min(32, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=(device,)
+    ) as pool:
+        list(pool.map(_load, *zip(*distinct.values(), strict=True)))
+
+
+def _kind(launch: Launch, input_dtypes: list[torch.dtype]) -> str:
+    """The same for launches of the same machine code."""
+    sizes = launch.constants, launch.num_warps, launch.num_stages
+    return str((launch.kernel.__module__, launch.kernel.__name__, *sizes, input_dtypes))
+
+
+def _load(launch: Launch, input_dtypes: list[torch.dtype]) -> None:
+    compiled = compile_kernel(launch, input_dtypes)
+    # made when it is asked for: the function that launches it
+    assert compiled.run is not None
 
 
 def architecture(device: torch.device) -> int:

@@ -1,4 +1,8 @@
-"""Small calls of every operation that has kernels, by which a start-up test knows a wrong one."""
+"""Small calls of everything that has kernels, by which a start-up test knows a wrong one.
+
+Each case turns into a kernel or two that a training run does not have, and to compile them takes
+nearly all of the test's time: cases are few, and share what they can.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,11 +11,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from foldcore.config import OptimizerConfig
+
 # Relative error of a norm in bfloat16, of which operands and results carry 8 bits: twice what was
 # seen on H200; what a wrong index or a race leaves is of order 1.
 TOLERANCE = 0.02
 # Rounding also switches some hidden units on or off, in the plain implementation as well.
 SWITCHED = 0.06
+# Relative error of a norm in float32, some roundings of each number; masks have to be equal.
+ROUNDINGS = 1e-5
 
 
 class WrongKernel(RuntimeError):
@@ -38,15 +46,58 @@ class Case:
         }
 
     def check(self, errors: Mapping[str, float]) -> None:
-        """Raise for the first array of (output, gradients) that is wrong; NaN is wrong."""
-        for name, error in errors.items():
-            if not error < self.tolerance:
-                raise WrongKernel(
-                    f"the Triton kernels of {self.op} are wrong on this device: {name} differs "
-                    f"from the reference by {error:.1%} of its norm, at {dict(self.shapes)} "
-                    f'{dict(self.options)}. Train with model.implementation="reference", and '
-                    "please report this with the versions of triton and the driver"
-                )
+        """Raise for the first array of (output, gradients) that is wrong."""
+        where = f"{dict(self.shapes)} {dict(self.options)}"
+        _check(self.op, errors, self.tolerance, where)
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """Clipping and an update of so many parameters: ``optimizer.clip_factor`` and ``update``."""
+
+    size: int = 5000
+    max_norm: float = 10.0  # less than the gradient's
+    step: int = 3
+    # a step so large that errors of the update are errors of the parameters
+    config: OptimizerConfig = OptimizerConfig(learning_rate=0.1, warmup_steps=0, ema_warmup=True)
+
+    def draw(self) -> dict[str, Float32[np.ndarray, " n"]]:
+        """The gradient and the buffers that an update changes, in its order."""
+        generator = np.random.default_rng(0)
+        names = ("gradient", "params", "mu", "nu", "ema")
+        arrays = {name: generator.normal(size=self.size).astype(np.float32) for name in names}
+        return arrays | {"nu": np.square(arrays["nu"])}
+
+    def check(self, errors: Mapping[str, float]) -> None:
+        """Raise for the first buffer or norm that is wrong."""
+        _check("optimizer.update", errors, ROUNDINGS, f"{self.size} parameters")
+
+
+@dataclass(frozen=True)
+class MaskCase:
+    """All dropout masks of a pass: (path, block, shape, rate) of each, of these examples."""
+
+    masks: tuple[tuple[str, int, tuple[int, ...], float], ...]
+    examples: tuple[int, ...] = (3, -2)
+    seed: int = 2**31 + 7
+    step: int = 11
+    recycling: int = 2
+
+    def check(self, errors: Mapping[str, float]) -> None:
+        """Raise for the first mask that is not the defined one."""
+        _check("dropout", errors, ROUNDINGS, str(self.masks))
+
+
+def _check(op: str, errors: Mapping[str, float], tolerance: float, where: str) -> None:
+    """NaN is wrong."""
+    for name, error in errors.items():
+        if not error < tolerance:
+            raise WrongKernel(
+                f"the Triton kernels of {op} are wrong on this device: {name} differs from the "
+                f"reference by {error:.1%} of its norm, at {where}. Train with "
+                'model.implementation="reference", and please report this with the versions of '
+                "triton and the driver"
+            )
 
 
 C, HIDDEN = 64, 128
@@ -133,3 +184,5 @@ CASES = (
         for outgoing in (True, False)
     ),
 )
+UPDATE = UpdateCase()
+MASKS = MaskCase((("a/b", 0, (300, 16), 0.25), ("a/b", 7, (65,), 0.25), ("a/c", 1, (9, 9), 0.15)))
