@@ -73,13 +73,16 @@ def evoformer_block(m: ModelConfig, s: int, r: int) -> dict[str, float]:
     }
 
 
-def extra_block(m: ModelConfig, s: int, r: int) -> float:
+def extra_block(m: ModelConfig, s: int, r: int) -> dict[str, float]:
     """One block of the extra MSA stack."""
     n, h, d = s * r, m.extra_msa_heads, m.extra_msa_head_dim
-    rows = attention(n, r, m.c_e, h, d, r * r, m.c_z)
-    outer = outer_product_mean(s, r, m.c_e, m.c_z, m.outer_product_hidden)
-    msa = rows + global_attention(n, m.c_e, h, d) + transition(n, m.c_e, m.transition_factor)
-    return msa + outer + sum(_pairs(m, r).values())
+    return {
+        "MSA row attention": attention(n, r, m.c_e, h, d, r * r, m.c_z),
+        "MSA column attention": global_attention(n, m.c_e, h, d),
+        "MSA transition": transition(n, m.c_e, m.transition_factor),
+        "outer product mean": outer_product_mean(s, r, m.c_e, m.c_z, m.outer_product_hidden),
+        **_pairs(m, r),
+    }
 
 
 def _pairs(m: ModelConfig, r: int) -> dict[str, float]:
@@ -87,15 +90,28 @@ def _pairs(m: ModelConfig, r: int) -> dict[str, float]:
     return pair_update(r, *sizes)
 
 
-def templates(m: ModelConfig, t: int, r: int) -> float:
-    """Their pair stack, attention to them at each pair, and their torsions."""
+def template_stack(m: ModelConfig, t: int, r: int) -> float:
+    """The pair stack of all templates."""
     sizes = (m.c_t, m.template_triangle_hidden, m.template_pair_heads, m.template_pair_head_dim)
     block = sum(pair_update(r, *sizes, m.template_transition_factor).values())
-    stack = t * (linear(r * r, TEMPLATE_PAIR, m.c_t) + m.template_blocks * block)
+    return t * m.template_blocks * block
+
+
+def template_attention(m: ModelConfig, t: int, r: int) -> float:
+    """From features to the stack, and attention to the templates at each pair."""
     width = m.template_pointwise_heads * m.template_pointwise_head_dim
     keys = linear(t * r * r, m.c_t, 2 * width) + 2 * 2 * t * r * r * width
-    rows = linear(t * r, TEMPLATE_ANGLES + m.c_m, m.c_m)
-    return stack + keys + 2 * linear(r * r, m.c_z, width) + rows
+    return t * linear(r * r, TEMPLATE_PAIR, m.c_t) + keys + 2 * linear(r * r, m.c_z, width)
+
+
+def template_rows(m: ModelConfig, t: int, r: int) -> float:
+    """Rows of the MSA from the templates' torsions."""
+    return linear(t * r, TEMPLATE_ANGLES + m.c_m, m.c_m)
+
+
+def templates(m: ModelConfig, t: int, r: int) -> float:
+    """Everything that templates take."""
+    return template_stack(m, t, r) + template_attention(m, t, r) + template_rows(m, t, r)
 
 
 def embedders(m: ModelConfig, data: DataConfig) -> float:
@@ -136,7 +152,7 @@ def forward(config: Config) -> dict[str, float]:
     block = evoformer_block(m, data.num_msa_clusters + t, r)
     return {
         **{name: m.evoformer_blocks * count for name, count in block.items()},
-        "extra MSA stack": m.extra_msa_blocks * extra_block(m, data.num_extra_msa, r),
+        "extra MSA stack": m.extra_msa_blocks * sum(extra_block(m, data.num_extra_msa, r).values()),
         "templates": templates(m, t, r) if t else 0.0,
         "embedders": embedders(m, data),
         "structure module": structure_module(m, r),

@@ -23,7 +23,8 @@ def graph_ms(function: Callable[[], Any]) -> float:
             function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # "thread_local": other threads (NCCL's) may do as they like meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(IN_A_GRAPH):
             function()
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
