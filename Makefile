@@ -79,7 +79,7 @@ test-slow: oracle  ## the tests that take longer
 test-gpu: oracle  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu
 
-parity-throughput: setup  ## step times of both tracks, with a page of bars; ARGS="--profile"
+parity-throughput: setup  ## step times of both tracks, time by module, gaps; ARGS="--no-modules"
 	@$(BIN)/python -m parity.throughput $(ARGS)
 
 bench-kernels: setup  ## times and errors of the kernels beside their peers, on an NVIDIA GPU
