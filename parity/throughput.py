@@ -78,8 +78,8 @@ def _run(worker: str, argv: Sequence[str], track: str, out: Path) -> tuple[Any, 
     part.unlink(missing_ok=True)
     command = [sys.executable, "-m", "parity.throughput", *argv]
     command += ["--track", track, "--out", str(part), "--worker", worker]
-    # counting bytes needs no device, and JAX would keep the memory of one it has seen
-    setting = {"JAX_PLATFORMS": "cpu"} if worker == "roofline" else {}
+    # JAX tells the shapes of parameters everywhere; of a GPU it would keep nearly all memory
+    setting = {} if (worker, track) == ("steps", "jax") else {"JAX_PLATFORMS": "cpu"}
     status = subprocess.run(command, env={**os.environ, **setting}).returncode
     found = json.loads(part.read_text()) if part.exists() else None
     part.unlink(missing_ok=True)
