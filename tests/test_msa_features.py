@@ -59,7 +59,10 @@ def test_masking_has_the_published_distribution() -> None:
     profile /= profile.sum(1, keepdims=True)
     original, draws = np.array([5, 20], np.uint8), 60_000
     msa = np.tile(original, (draws, 1))
-    masked, selected = f.mask_msa(msa, profile, 0.15, np.random.default_rng(1))
+    parts = [10_000 * 2, 50_000 * 2]  # two passes, one below the other
+    rng = np.random.default_rng(1)
+    masking = f.join_maskings([f.draw_masking(size, 0.15, rng) for size in parts], parts)
+    masked, selected = f.mask_msa(msa, f.cumulative(profile), masking)
     assert stats.binomtest(int(selected.sum()), selected.size, 0.15).pvalue > 1e-3
     assert (masked[~selected] == msa[~selected]).all()
     for column in range(2):
@@ -73,6 +76,19 @@ def test_masking_has_the_published_distribution() -> None:
         assert not counts[~possible].any()
         total = counts.sum()
         assert stats.chisquare(counts[possible], total * expected[possible]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.15, 1.0])
+def test_words_of_chance_become_numpys_numbers(fraction: float) -> None:
+    size = 1001
+    rng = np.random.Generator(np.random.Philox(5))
+    selected = rng.random(size) < fraction
+    kind, uniform = rng.random(size), rng.integers(20, size=size, dtype=np.uint8)
+    level = rng.random(size)
+    masking = f.draw_masking(size, fraction, np.random.Generator(np.random.Philox(5)))
+    np.testing.assert_array_equal(masking.at, np.flatnonzero(selected))
+    for found, expected in zip(masking[1:], (kind, uniform, level), strict=True):
+        np.testing.assert_array_equal(found, expected[selected])
 
 
 def agreement(centre: np.ndarray, row: np.ndarray) -> int:
@@ -98,29 +114,24 @@ def test_no_extra_rows_make_no_assignment() -> None:
     assert f.assign_clusters(random_msa(3, 5, 0), random_msa(0, 5, 0)).shape == (0,)
 
 
-def test_cluster_statistics_by_brute_force() -> None:
-    rng = np.random.default_rng(3)
-    centres, extra = random_msa(4, 6, 1, 23), random_msa(15, 6, 2)
-    centre_deletions = rng.poisson(1.0, (4, 6)).astype(np.uint16)
-    extra_deletions = rng.poisson(1.0, (15, 6)).astype(np.uint16)
-    nearest = rng.integers(0, 3, 15)  # cluster 3 has its centre alone
-    profile, deletion_mean = f.cluster_statistics(
-        centres, centre_deletions, extra, extra_deletions, nearest
-    )
-    for s in range(4):
-        members = np.concatenate([centres[s : s + 1], extra[nearest == s]])
-        deletions = np.concatenate([centre_deletions[s : s + 1], extra_deletions[nearest == s]])
-        count = len(members) + 1e-6
-        np.testing.assert_allclose(profile[s], np.eye(23)[members].sum(0) / count, rtol=1e-12)
-        np.testing.assert_allclose(deletion_mean[s], deletions.sum(0) / count, rtol=1e-12)
+Rows = tuple[np.ndarray, np.ndarray]  # letters and deletions
+
+
+def msa_feat(centres: Rows, extra: Rows, nearest: np.ndarray, width: int) -> np.ndarray:
+    """As an example is written; it may be wider than its rows."""
+    features = np.full((len(centres[0]), width, 49), 7, np.float32)
+    f.write_letters(centres[0], features)
+    f.write_deletions(centres[1], (np.arange(len(centres[0])),), features)
+    if len(nearest):
+        f.write_clusters(*centres, *extra, nearest, features)
+    return features
 
 
 def test_msa_feat_has_the_published_order() -> None:
     """Two clusters: a centre alone, and a centre with one more row."""
     centres, extra = np.array([[2, 22], [7, 7]], np.uint8), np.array([[7, 21]], np.uint8)
     deletions, extra_deletions = np.array([[0, 3], [0, 0]], np.uint16), np.array([[4, 0]])
-    features = f.msa_feat(centres, deletions, extra, extra_deletions, np.array([1]))
-    assert features.shape == (2, 2, 49)
+    features = msa_feat((centres, deletions), (extra, extra_deletions), np.array([1]), 2)
     np.testing.assert_array_equal(features[..., :23], np.eye(23)[centres])
     np.testing.assert_array_equal(features[..., 23], [[0, 1], [0, 0]])
     np.testing.assert_allclose(features[..., 24], [[0, 0.5], [0, 0]], rtol=1e-6)
@@ -131,24 +142,24 @@ def test_msa_feat_has_the_published_order() -> None:
     np.testing.assert_allclose(features[..., 48], 2 / np.pi * np.arctan(mean / 3), rtol=2e-6)
 
 
-def test_msa_feat_is_what_counting_every_cluster_gives() -> None:
-    rng = np.random.default_rng(4)
-    centres, extra = random_msa(9, 12, 1, 23), random_msa(20, 12, 2)
-    deletions = [rng.poisson(0.2, rows.shape).astype(np.uint16) for rows in (centres, extra)]
-    nearest = rng.integers(0, 5, 20)
-    features = f.msa_feat(centres, deletions[0], extra, deletions[1], nearest)
-    profile, mean = f.cluster_statistics(centres, deletions[0], extra, deletions[1], nearest)
-    np.testing.assert_array_equal(features[..., 25:48], profile.astype(np.float32))
-    np.testing.assert_array_equal(features[..., 48], f.deletion_value(mean).astype(np.float32))
-
-
-def test_extra_features() -> None:
-    names = ("extra_msa", "extra_has_deletion", "extra_deletion_value", "extra_msa_mask")
-    out = {name: np.zeros((3, 4)) for name in names} | {"extra_msa_row_mask": np.zeros(3)}
-    rows = random_msa(2, 3, 0)
-    f.extra_features(rows, np.array([[0, 1, 6], [0, 0, 0]], np.uint16), out)
-    np.testing.assert_array_equal(out["extra_msa"][:2, :3], rows)
-    np.testing.assert_array_equal(out["extra_has_deletion"][0], [0, 1, 1, 0])
-    expected = 2 / np.pi * np.arctan(np.array([0, 1 / 3, 2, 0]))
-    np.testing.assert_allclose(out["extra_deletion_value"][0], expected)
-    assert out["extra_msa_mask"].sum() == 6 and out["extra_msa_row_mask"].tolist() == [1, 1, 0]
+@pytest.mark.parametrize("members", [0, 15, 400])
+def test_msa_feat_by_brute_force(members: int) -> None:
+    rng = np.random.default_rng(members)
+    centres, extra = random_msa(9, 6, 1, 23), random_msa(members, 6, 2)
+    deletions, extra_deletions = (
+        rng.poisson(0.3, rows.shape).astype(np.uint16) for rows in (centres, extra)
+    )
+    nearest = rng.integers(0, 5, members)  # clusters 5 to 8 have their centres alone
+    features = msa_feat((centres, deletions), (extra, extra_deletions), nearest, 8)
+    assert not features[:, 6:].any()
+    for s in range(9):
+        letters = np.concatenate([centres[s : s + 1], extra[nearest == s]])
+        counts = np.concatenate([deletions[s : s + 1], extra_deletions[nearest == s]])
+        size, row = len(letters) + 1e-6, features[s, :6]
+        np.testing.assert_array_equal(row[:, :23], np.eye(23)[centres[s]])
+        np.testing.assert_array_equal(row[:, 23], deletions[s] > 0)
+        np.testing.assert_array_equal(row[:, 24], np.float32(f.deletion_value(deletions[s])))
+        profile = np.eye(23)[letters].sum(0) / size
+        np.testing.assert_array_equal(row[:, 25:48], profile.astype(np.float32))
+        mean = f.deletion_value(counts.sum(0) / size)
+        np.testing.assert_array_equal(row[:, 48], mean.astype(np.float32))

@@ -68,13 +68,15 @@ def test_an_array_comes_back(array: np.ndarray) -> None:
     assert back.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("kind", ["decimals", "far", "noise", "few"])
+@pytest.mark.parametrize("kind", ["decimals", "far", "extreme", "noise", "few"])
 def test_coordinates_come_back(kind: str) -> None:
     rng = np.random.default_rng(3)
     mask = (rng.random((20, 37)) < (0.01 if kind == "few" else 0.4)).astype(np.float32)
     positions = np.round(rng.normal(0, 30, (20, 37, 3)), 3)
     if kind == "far":
         positions[7] += 9e5
+    if kind == "extreme":  # a step that only wraps into 32 bits
+        positions[7], positions[8] = -2e6, 2e6
     if kind == "noise":
         positions += rng.random(positions.shape) * 1e-4
     positions = np.where(mask[..., None] > 0, positions, 0).astype(np.float32)

@@ -6,6 +6,7 @@ stable) is computed here, for all streams at once, and one bit generator is set 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,16 +66,23 @@ def _keys(pool: list[int], constant: int, shape: Sequence[int]) -> UInt64[np.nda
     """Philox's key of each cell: the cell's numbers are taken in as well, then words given out."""
     states: UInt32[np.ndarray, "*grid 4"] = np.array(pool, np.uint32)
     for size in shape:
-        powers = [constant * _MULT_A**n & _WORD for n in range(_POOL + 1)]
-        constant, constants = powers[-1], np.array(powers, np.uint32)
-        words = (np.arange(size, dtype=np.uint32)[:, None] ^ constants[:-1]) * constants[1:]
-        words ^= words >> np.uint32(16)
-        states = np.uint32(_MIX_L) * states[..., None, :] - np.uint32(_MIX_R) * words
+        words, constant = _taken(size, constant)
+        states = np.uint32(_MIX_L) * states[..., None, :] - words
         states ^= states >> np.uint32(16)
     states = (states ^ _OUT[:-1]) * _OUT[1:]
     states ^= states >> np.uint32(16)
     low, high = states[..., ::2].astype(np.uint64), states[..., 1::2].astype(np.uint64)
     return low | high << np.uint64(32)
+
+
+@lru_cache
+def _taken(size: int, constant: int) -> tuple[UInt32[np.ndarray, "size 4"], int]:
+    """What taking in each number below a size subtracts from a state; the constant after it."""
+    powers = [constant * _MULT_A**n & _WORD for n in range(_POOL + 1)]
+    constants = np.array(powers, np.uint32)
+    words = (np.arange(size, dtype=np.uint32)[:, None] ^ constants[:-1]) * constants[1:]
+    words ^= words >> np.uint32(16)
+    return np.uint32(_MIX_R) * words, powers[-1]
 
 
 def _mix(state: int, word: int) -> int:

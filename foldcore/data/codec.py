@@ -14,6 +14,7 @@ Codings (each gives back exactly the array that went in):
 - SPARSE    the values that are not zero, and the distances between them down the columns
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -26,8 +27,11 @@ from jaxtyping import Shaped
 MAX_BYTES = 1 << 30  # of one unpacked array
 LEVEL = 9  # zstd: beyond it, alignments shrink by 10 % at thirty times the work
 PLAIN, BITS, STEPS, DECIMALS, MASKED, SPARSE = range(6)
-_DTYPES = ("|u1", "<u2", "<u4", "<i4", "<i8", "<f4", "<f8")
+_NAMES = ("|u1", "<u2", "<u4", "<i4", "<i8", "<f4", "<f8")
+_DTYPES = tuple(map(np.dtype, _NAMES))
+_DISTANCE, _ENTRY = np.dtype("<u4"), np.dtype("<u2")  # of sparse matrices
 _HEAD = struct.Struct("<IBBBB")  # crc, coding, dtype, dimensions, bytes a value
+_SHAPES = [struct.Struct(f"<{ndim}I") for ndim in range(9)]
 _SIZES = struct.Struct("<II")  # count, unpacked size
 _UNPACK = pa.Codec("zstd")
 _SCALE = 1000.0  # decimals of a coordinate file: 1/1000 angstrom
@@ -75,7 +79,7 @@ def decode(blob: Any, mask: np.ndarray | None = None) -> np.ndarray:
         bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=count)
         return bits.astype(dtype).reshape(shape)
     if coding == STEPS:
-        return np.cumsum(_unplane(payload, dtype), dtype=dtype).reshape(shape)
+        return _unplane(payload, dtype).cumsum(dtype=dtype).reshape(shape)
     if coding == SPARSE:
         return _decode_sparse(payload, dtype, shape, count)
     return _decode_masked(coding, payload, dtype, shape, width, mask)
@@ -105,19 +109,19 @@ def _decode_masked(
 ) -> np.ndarray:
     if mask is None or tuple(shape[: mask.ndim]) != mask.shape:
         raise ValueError("its mask does not fit")
-    at = np.flatnonzero(mask != 0)
-    tail = int(np.prod(shape[mask.ndim :], dtype=np.int64))
+    at = (mask != 0).ravel().nonzero()[0]
+    tail = math.prod(shape[mask.ndim :])
     if coding == MASKED:
         values = _unplane(payload, dtype)
     else:
         size = min(len(at), 1) * tail * 4
-        steps = np.empty((tail, len(at)), np.int64)
+        steps = np.empty((tail, len(at)), np.int32)  # a wide step may wrap, and its sum back
         steps[:, :1] = np.frombuffer(payload[:size], "<i4").reshape(tail, -1)
         rest = _unplane(payload[size:], np.dtype(f"<i{width}"))
         if rest.size != tail * max(len(at) - 1, 0):
             raise ValueError("its mask counts other values")
         steps[:, 1:] = rest.reshape(tail, -1)
-        values = (np.cumsum(steps, axis=1) / _SCALE).astype(np.float32).T
+        values = (steps.cumsum(1, np.int32) / _SCALE).astype(np.float32).T
     if values.size != tail * len(at):
         raise ValueError("its mask counts other values")
     array = np.zeros((mask.size, tail), dtype)
@@ -129,22 +133,23 @@ def _decode_sparse(
     payload: memoryview, dtype: np.dtype, shape: Sequence[int], count: int
 ) -> np.ndarray:
     rows, columns = shape
-    at = np.cumsum(_unplane(payload[: 4 * count], np.dtype("<u4")), dtype=np.int64)
+    at = _unplane(payload[: 4 * count], _DISTANCE).cumsum(dtype=np.int64)
     if count and not 0 <= at[-1] < rows * columns:  # steps are positive: the last is the largest
         raise ValueError("an entry lies outside the matrix")
     array = np.zeros((rows, columns), dtype)
-    array[at % max(rows, 1), at // max(rows, 1)] = _unplane(payload[4 * count :], np.dtype("<u2"))
+    column, row = np.divmod(at, max(rows, 1))
+    array[row, column] = _unplane(payload[4 * count :], _ENTRY)
     return array
 
 
 def _blob(coding: int, array: np.ndarray, width: int, count: int, payload: bytes) -> bytes:
     dtype = array.dtype.newbyteorder("<").str
-    if dtype not in _DTYPES or max(array.nbytes, len(payload)) > MAX_BYTES:
+    if dtype not in _NAMES or max(array.nbytes, len(payload)) > MAX_BYTES:
         raise ValueError(f"an array of {array.dtype} and {array.nbytes} bytes cannot be packed")
     dims = struct.pack(f"<{array.ndim}I", *array.shape)
     body = dims + _SIZES.pack(count, len(payload))
     body += pa.Codec("zstd", LEVEL).compress(payload, asbytes=True)
-    head = _HEAD.pack(0, coding, _DTYPES.index(dtype), array.ndim, width)[4:]
+    head = _HEAD.pack(0, coding, _NAMES.index(dtype), array.ndim, width)[4:]
     return zlib.crc32(head + body).to_bytes(4, "little") + head + body
 
 
@@ -158,13 +163,10 @@ def _open(blob: memoryview) -> tuple[int, np.dtype, tuple[int, ...], int, int, m
         raise ValueError("its checksum does not match: damaged")
     if len(blob) < start or kind >= len(_DTYPES) or coding > SPARSE or ndim > 8:
         raise ValueError("not a blob of this format")
-    shape = struct.unpack_from(f"<{ndim}I", blob, _HEAD.size)
+    shape: tuple[int, ...] = _SHAPES[ndim].unpack_from(blob, _HEAD.size)
     count, size = _SIZES.unpack_from(blob, start - _SIZES.size)
-    dtype = np.dtype(_DTYPES[kind])
-    total = 1
-    for dim in shape:
-        total *= dim
-    _check_sizes(coding, dtype, total, len(shape), width, count, size)
+    dtype = _DTYPES[kind]
+    _check_sizes(coding, dtype, math.prod(shape), ndim, width, count, size)
     try:
         payload = _UNPACK.decompress(blob[start:], size) if size else b""
     except (OSError, pa.ArrowException) as error:
@@ -204,5 +206,8 @@ def _unplane(payload: memoryview, dtype: np.dtype) -> np.ndarray:
     count, rest = divmod(len(payload), dtype.itemsize)
     if rest:
         raise ValueError("its sizes do not agree")
-    planes = np.frombuffer(payload, np.uint8).reshape(dtype.itemsize, count)
-    return np.ascontiguousarray(planes.T).view(dtype).reshape(count)
+    low, *others = np.frombuffer(payload, np.uint8).reshape(dtype.itemsize, count)
+    words = low.astype(f"<u{dtype.itemsize}")
+    for place, plane in enumerate(others, 1):
+        words |= plane.astype(words.dtype) << 8 * place
+    return words.view(dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from foldcore.config import DataConfig
+from foldcore.data.canvas import used_parts
 from foldcore.data.dataset import Dataset
 from foldcore.data.sampler import ExampleKey, Plan, example_id
 from foldcore.data.transforms import make_example
@@ -87,7 +88,8 @@ class Preparer:
         numbers = {"example_id": example_id(key.source, key.epoch, key.index)}
         for name, value in (numbers | {"num_iter_recycling": 0}).items():
             example.setdefault(name, np.zeros((), np.int32))[...] = value
-        validate({k: v[None] for k, v in example.items()}, dimensions(dataset.config))
+        whole = {k: v[None] for k, v in example.items()}
+        validate(whole, dimensions(dataset.config), used_parts(example))
         return example
 
 

@@ -9,7 +9,7 @@ the chain and the configuration, so they are decided for each example, in the sa
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -37,13 +37,13 @@ GetChain = Callable[[str, str], tuple[Structure, Chain, Address]]
 _RULES = frozenset(BEFORE_DATE + AFTER_DATE)
 _KINDS = [str, str, str, str, float, int, int, int, int]
 _NOWHERE = Address(-1, -1, -1)
+_ARRAYS = tuple(stack_templates([], 0, 0))  # names of what candidates have
 _CODES = np.full(256, constants.unknown_restype, np.int32)
 for _letter, _code in constants.restype_order.items():
     _CODES[ord(_letter)] = _code
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedHit:
+class PackedHit(NamedTuple):
     """A hit as stored; the aligned residues are empty where ``rule`` names why it is unusable."""
 
     name: str
@@ -164,7 +164,6 @@ class PackedTemplates(Mapping[str, np.ndarray]):
     ) -> None:
         self._hits, self._length, self._read = hits, length, read
         self._stacked: dict[str, np.ndarray] | None = None
-        self._empty = stack_templates([], 0, 0)
 
     @property
     def count(self) -> int:
@@ -185,8 +184,9 @@ class PackedTemplates(Mapping[str, np.ndarray]):
             inside = (hit.in_query >= start) & (hit.in_query < stop)
             at, source = hit.in_query[inside] - start, hit.in_chain[inside]
             codes = _CODES[np.frombuffer(chain.sequence.encode("latin-1", "replace"), np.uint8)]
-            aatype[slot, at] = codes[source]
-            positions[slot, at], masks[slot, at] = chain.positions[source], chain.mask[source]
+            aatype[slot][at] = codes.take(source)
+            positions[slot][at] = chain.positions.take(source, 0)
+            masks[slot][at] = chain.mask.take(source, 0)
             sum_probs[slot] = hit.sum_probs
         return {
             "template_aatype": aatype,
@@ -202,10 +202,10 @@ class PackedTemplates(Mapping[str, np.ndarray]):
         return self._stacked[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._empty)
+        return iter(_ARRAYS)
 
     def __len__(self) -> int:
-        return len(self._empty)
+        return len(_ARRAYS)
 
     def _template(self, hit: PackedHit) -> Template:
         residues = (hit.in_query, hit.in_chain)

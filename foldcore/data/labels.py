@@ -13,6 +13,9 @@ from jaxtyping import Float, Int
 from foldcore import constants
 
 _EPSILON = 1e-8  # under the square root of each norm, square angstrom
+_GROUP_ATOMS = np.ascontiguousarray(constants.restype_rigid_group_atoms.transpose(2, 0, 1))
+_CHI_ATOMS = np.ascontiguousarray(constants.chi_atom_indices.transpose(2, 0, 1))
+_HALF_TURN = np.array([1.0, -1.0, -1.0] * 3 + [1.0] * 3)  # of a frame, about x
 
 
 def make_labels(
@@ -22,27 +25,30 @@ def make_labels(
     dtype: Any = np.float32,
 ) -> dict[str, np.ndarray]:
     """All label features of ``foldcore.features`` that follow from a chain's atoms."""
-    positions, mask = positions.astype(np.float64), mask.astype(np.float64)
+    # coordinate by coordinate, which numpy computes with several times as fast
+    coordinates = positions.reshape(-1, 3).T.astype(np.float64, order="C")
+    # what only copies atoms may round them before
+    positions, mask = positions.astype(dtype, copy=False), mask.astype(dtype, copy=False)
     labels = {
         **atom_layout(aatype),
         **atom14_labels(aatype, positions, mask),
-        **rigid_group_labels(aatype, positions, mask),
-        **chi_labels(aatype, positions, mask),
+        **rigid_group_labels(aatype, coordinates, mask),
+        **chi_labels(aatype, coordinates, mask),
     }
     labels["pseudo_beta"], labels["pseudo_beta_mask"] = pseudo_beta(aatype, positions, mask)
     frames, exists = labels["rigidgroups_gt_frames"], labels["rigidgroups_gt_exists"]
     labels["backbone_affine_tensor"] = quaternion_affine(frames[:, 0])
     labels["backbone_affine_mask"] = exists[:, 0]
-    return {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in labels.items()}
+    return {k: v.astype(dtype, copy=False) if v.dtype.kind == "f" else v for k, v in labels.items()}
 
 
 def atom_layout(aatype: Int[np.ndarray, "r"]) -> dict[str, np.ndarray]:
     """Which atoms each residue type has, and the maps between the two layouts."""
     return {
-        "atom14_atom_exists": constants.restype_atom14_mask[aatype],
-        "atom37_atom_exists": constants.restype_atom37_mask[aatype],
-        "residx_atom14_to_atom37": constants.restype_atom14_to_atom37[aatype],
-        "residx_atom37_to_atom14": constants.restype_atom37_to_atom14[aatype],
+        "atom14_atom_exists": constants.restype_atom14_mask.take(aatype, 0),
+        "atom37_atom_exists": constants.restype_atom37_mask.take(aatype, 0),
+        "residx_atom14_to_atom37": constants.restype_atom14_to_atom37.take(aatype, 0),
+        "residx_atom37_to_atom14": constants.restype_atom37_to_atom14.take(aatype, 0),
     }
 
 
@@ -52,46 +58,60 @@ def atom14_labels(
     mask: Float[np.ndarray, "r a37"],
 ) -> dict[str, np.ndarray]:
     """Atoms in the packed layout, as named and with the ambiguous names exchanged (Alg. 26)."""
-    atom37 = constants.restype_atom14_to_atom37[aatype]
-    exists = _pick(mask, atom37) * constants.restype_atom14_mask[aatype]
+    atom37 = constants.restype_atom14_to_atom37.take(aatype, 0)
+    exists = _pick(mask, atom37) * constants.restype_atom14_mask.take(aatype, 0)
     packed = _pick(positions, atom37) * exists[..., None]
-    partner = constants.restype_atom14_renaming[aatype]
+    partner = constants.restype_atom14_renaming.take(aatype, 0)
     return {
         "atom14_gt_positions": packed,
         "atom14_gt_exists": exists,
         "atom14_alt_gt_positions": _pick(packed, partner),
         "atom14_alt_gt_exists": _pick(exists, partner),
-        "atom14_atom_is_ambiguous": constants.restype_atom14_is_ambiguous[aatype],
+        "atom14_atom_is_ambiguous": constants.restype_atom14_is_ambiguous.take(aatype, 0),
     }
 
 
 def _pick(
-    atoms: Float[np.ndarray, "r a ..."], index: Int[np.ndarray, "r ..."]
-) -> Float[np.ndarray, "r ..."]:
+    atoms: Float[np.ndarray, "r a ..."], index: Int[np.ndarray, "r a14"]
+) -> Float[np.ndarray, "r a14 ..."]:
     """Of each residue the atoms at its own index; one flat look-up, several times as fast."""
-    rows = np.arange(len(atoms)).reshape(-1, *[1] * (index.ndim - 1)) * atoms.shape[1]
+    rows = np.arange(len(atoms))[:, None] * atoms.shape[1]
     return atoms.reshape(-1, *atoms.shape[2:]).take(rows + index, axis=0)
+
+
+def _pick_each(
+    aatype: Int[np.ndarray, "r"],
+    table: Int[np.ndarray, "points 21 g"],
+    coordinates: Float[np.ndarray, "3 r*a37"],
+    mask: Float[np.ndarray, "r a37"],
+) -> tuple[Float[np.ndarray, "3 points r g"], Float[np.ndarray, "points r g"]]:
+    """The atoms that define each group of each residue."""
+    index = table.take(aatype, 1) + np.arange(0, mask.size, mask.shape[1])[:, None]
+    return coordinates.take(index, 1), mask.take(index)
 
 
 def rigid_group_labels(
     aatype: Int[np.ndarray, "r"],
-    positions: Float[np.ndarray, "r a37 3"],
+    coordinates: Float[np.ndarray, "3 r*a37"],
     mask: Float[np.ndarray, "r a37"],
 ) -> dict[str, np.ndarray]:
     """Frames of the 8 rigid groups, each as a row-major rotation followed by its origin."""
-    atoms = constants.restype_rigid_group_atoms[aatype]  # [r, 8, 3]
-    group_exists = constants.restype_rigid_group_mask[aatype]
-    ambiguous = constants.restype_rigid_group_is_ambiguous[aatype]
-    points = _pick(positions, atoms)
-    rotation = rotation_from_3_points(points[:, :, 0], points[:, :, 1], points[:, :, 2])
+    points, exists = _pick_each(aatype, _GROUP_ATOMS, coordinates, mask)
+    group_exists = constants.restype_rigid_group_mask.take(aatype, 0)
+    ambiguous = constants.restype_rigid_group_is_ambiguous.take(aatype, 0)
+    axes = rotation_from_3_points(points[:, 0], points[:, 1], points[:, 2])
     # The backbone frame has C on +x, where the other groups have their first atom on -x.
-    rotation[:, 0] *= np.array([-1.0, 1.0, -1.0])
-    half_turn = 1 - 2 * ambiguous[..., None] * np.array([0.0, 1.0, 1.0])  # about x
-    origin = points[:, :, 1]
+    axes[::2, :, :, 0] *= -1
+    frames = np.empty((*ambiguous.shape, 4, 3))
+    frames[..., :3, :] = axes.transpose(2, 3, 1, 0)
+    frames[..., 3, :] = points[:, 1].transpose(1, 2, 0)
+    frames = frames.reshape(*ambiguous.shape, 12)
+    alternative = frames.copy()
+    alternative[ambiguous > 0] *= _HALF_TURN
     return {
-        "rigidgroups_gt_frames": _flat12(rotation, origin),
-        "rigidgroups_alt_gt_frames": _flat12(rotation * half_turn[:, :, None], origin),
-        "rigidgroups_gt_exists": _pick(mask, atoms).min(-1) * group_exists,
+        "rigidgroups_gt_frames": frames,
+        "rigidgroups_alt_gt_frames": alternative,
+        "rigidgroups_gt_exists": np.minimum(np.minimum(*exists[:2]), exists[2]) * group_exists,
         "rigidgroups_group_exists": group_exists,
         "rigidgroups_group_is_ambiguous": ambiguous,
     }
@@ -99,18 +119,15 @@ def rigid_group_labels(
 
 def chi_labels(
     aatype: Int[np.ndarray, "r"],
-    positions: Float[np.ndarray, "r a37 3"],
+    coordinates: Float[np.ndarray, "3 r*a37"],
     mask: Float[np.ndarray, "r a37"],
 ) -> dict[str, np.ndarray]:
     """Side-chain torsions in radians; 0 where undefined."""
-    restype = np.minimum(aatype, constants.unknown_restype)
-    atoms = constants.chi_atom_indices[restype]  # [r, 4, 4]
-    sin_cos = _sin_cos(_pick(positions, atoms))
-    chi_mask = _pick(mask, atoms).prod(-1) * constants.chi_angles_mask[restype]
-    return {
-        "chi_angles": np.arctan2(sin_cos[..., 0], sin_cos[..., 1]) * chi_mask,
-        "chi_mask": chi_mask,
-    }
+    points, exists = _pick_each(aatype, _CHI_ATOMS, coordinates, mask)
+    sin, cos = _sin_cos(points)
+    chi_mask = exists[0] * exists[1] * exists[2] * exists[3]
+    chi_mask *= constants.chi_angles_mask.take(aatype, 0)
+    return {"chi_angles": np.arctan2(sin, cos) * chi_mask, "chi_mask": chi_mask}
 
 
 def torsion_angles(
@@ -127,19 +144,22 @@ def torsion_angles(
     """
     restype = np.minimum(aatype, constants.unknown_restype)
     points, exists = _torsion_atoms(restype, positions.astype(np.float64), mask)
-    sin_cos = _sin_cos(points)
+    sin_cos = np.stack(_sin_cos(points.transpose(-1, -2, *range(points.ndim - 2))), -1)
     sin_cos[..., 2, :] *= -1  # psi is measured at O, which lies opposite to the next N
     alternative = sin_cos.copy()
     alternative[..., 3:, :] *= 1 - 2 * constants.chi_pi_periodic[restype][..., None]
     return sin_cos.astype(dtype), alternative.astype(dtype), exists.astype(dtype)
 
 
-def _sin_cos(points: Float[np.ndarray, "... 4 3"]) -> Float[np.ndarray, "... 2"]:
+def _sin_cos(
+    points: Float[np.ndarray, "3 4 ..."],
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Sine and cosine of the torsion of four atoms."""
-    rotation = rotation_from_3_points(points[..., 1, :], points[..., 2, :], points[..., 0, :])
-    fourth = np.einsum("...ij,...i->...j", rotation, points[..., 3, :] - points[..., 2, :])
-    sin_cos = fourth[..., [2, 1]]
-    return sin_cos / np.sqrt((sin_cos**2).sum(-1, keepdims=True) + _EPSILON)
+    _, e1, e2 = rotation_from_3_points(points[:, 1], points[:, 2], points[:, 0])
+    fourth = points[:, 3] - points[:, 2]
+    sin, cos = _dot(e2, fourth) + 0.0, _dot(e1, fourth) + 0.0  # never -0: it has another angle
+    norm = np.sqrt(sin * sin + cos * cos + _EPSILON)
+    return sin / norm, cos / norm
 
 
 def _torsion_atoms(
@@ -178,44 +198,45 @@ def pseudo_beta(
 
 
 def rotation_from_3_points(
-    negative_x: Float[np.ndarray, "... 3"],
-    origin: Float[np.ndarray, "... 3"],
-    xy_plane: Float[np.ndarray, "... 3"],
-) -> Float[np.ndarray, "... 3 3"]:
-    """Rotation with columns e0, e1, e2 by Gram-Schmidt (Alg. 21); zero for coinciding points."""
-    e0 = _normalize(origin - negative_x)
-    e1 = xy_plane - origin
-    e1 = _normalize(e1 - (e1 * e0).sum(-1, keepdims=True) * e0)
-    rotation = np.empty((*e0.shape, 3), e0.dtype)
-    rotation[..., 0], rotation[..., 1] = e0, e1
+    negative_x: Float[np.ndarray, "3 ..."],
+    origin: Float[np.ndarray, "3 ..."],
+    xy_plane: Float[np.ndarray, "3 ..."],
+) -> Float[np.ndarray, "3 3 ..."]:
+    """The axes e0, e1, e2 of a frame by Gram-Schmidt (Alg. 21); zero for coinciding points."""
+    axes = np.empty((3, *origin.shape), origin.dtype)
+    e0, e1, e2 = axes
+    _normalize(origin - negative_x, e0)
+    in_plane = xy_plane - origin
+    in_plane -= _dot(in_plane, e0) * e0
+    _normalize(in_plane, e1)
     for axis, (first, second) in enumerate(((1, 2), (2, 0), (0, 1))):  # e2 = e0 x e1
-        product = e0[..., first] * e1[..., second]
-        rotation[..., axis, 2] = product - e0[..., second] * e1[..., first]
-    return rotation
+        np.subtract(e0[first] * e1[second], e0[second] * e1[first], out=e2[axis])
+    return axes
 
 
 def quaternion_affine(frames: Float[np.ndarray, "r 12"]) -> Float[np.ndarray, "r 7"]:
     """Unit quaternion (w, x, y, z) with w >= 0 and translation; identity for a zero rotation."""
     (xx, xy, xz, yx, yy, yz, zx, zy, zz), translation = frames[:, :9].T, frames[:, 9:]
-    # Each row of this matrix is 4 q_k q; the row of the largest component is accurate.
-    outer = np.stack(
+    # Each row of this symmetric matrix is 4 q_k q; the row of the largest component is accurate.
+    outer = np.array(
         [
-            [1 + xx + yy + zz, zy - yz, xz - zx, yx - xy],
-            [zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx],
-            [xz - zx, xy + yx, 1 - xx + yy - zz, yz + zy],
-            [yx - xy, xz + zx, yz + zy, 1 - xx - yy + zz],
+            [1 + xx + yy + zz, wx := zy - yz, wy := xz - zx, wz := yx - xy],
+            [wx, 1 + xx - yy - zz, qxy := xy + yx, qxz := xz + zx],
+            [wy, qxy, 1 - xx + yy - zz, qyz := yz + zy],
+            [wz, qxz, qyz, 1 - xx - yy + zz],
         ]
-    ).transpose(2, 0, 1)
-    largest = outer[:, range(4), range(4)].argmax(-1)
-    quaternion = outer[np.arange(len(frames)), largest]
-    quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    quaternion = quaternion * np.where(quaternion[:, :1] < 0, -1.0, 1.0)
-    return np.concatenate([quaternion, translation], -1)
+    )
+    largest = outer[range(4), range(4)].argmax(0)
+    quaternion = outer[:, largest, np.arange(len(frames))]
+    w, x, y, z = quaternion * quaternion
+    quaternion /= np.sqrt(w + x + y + z)
+    quaternion *= np.where(quaternion[0] < 0, -1.0, 1.0)
+    return np.concatenate([quaternion.T, translation], -1)
 
 
-def _normalize(vector: np.ndarray) -> np.ndarray:
-    return vector / np.sqrt((vector**2).sum(-1, keepdims=True) + _EPSILON)
+def _normalize(vector: np.ndarray, out: np.ndarray) -> None:
+    np.divide(vector, np.sqrt(_dot(vector, vector) + _EPSILON), out=out)
 
 
-def _flat12(rotation: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    return np.concatenate([rotation.reshape(*rotation.shape[:-2], 9), origin], -1)
+def _dot(a: Float[np.ndarray, "3 ..."], b: Float[np.ndarray, "3 ..."]) -> Float[np.ndarray, "..."]:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]

@@ -230,7 +230,7 @@ def _alignment(file: ArrowFile, at: Address, sequence: str, max_rows: int) -> Al
     counts = decode(cells["counts"])
     if counts.shape != (length, num_msa_codes):
         raise ValueError(f"{length} residues, counts of shape {counts.shape}")
-    return Alignment(rows[:count], deletions[:count], counts.astype(np.int64) / count, left_out)
+    return Alignment(rows[:count], deletions[:count], counts / float(count), left_out)
 
 
 def _merge_again(

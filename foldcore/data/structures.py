@@ -100,7 +100,7 @@ class Structures:
         addresses = self._addresses(known)
         if not chain_id and len(addresses) == 1:
             return self._structure(known, {}), addresses[0]
-        names = self.names(entry)
+        names = self._names(addresses)
         if chain_id not in names:
             reason = f"no protein chain {chain_id!r} (there are: {', '.join(names)})"
             if not chain_id:
@@ -110,7 +110,9 @@ class Structures:
 
     def names(self, entry: str) -> list[str]:
         """Author ids of an entry's chains."""
-        addresses = self._addresses(self.entry(entry))
+        return self._names(self._addresses(self.entry(entry)))
+
+    def _names(self, addresses: list[Address]) -> list[str]:
         return [str(self._shard(a.shard).cell(a.batch, a.row, "chain_id")) for a in addresses]
 
     def sequence(self, entry: str, chain_id: str) -> str:

@@ -7,13 +7,14 @@ leaves the draws of all others as they were.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Integer, UInt8, UInt64
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from foldcore.config import DataConfig
 from foldcore.data import crop, msa_features
+from foldcore.data.canvas import Used, clear_beyond, used
 from foldcore.data.chance import Chance
 from foldcore.data.hits import count_templates, pick_templates
 from foldcore.data.labels import make_labels, pseudo_beta
@@ -36,6 +37,15 @@ _TEMPLATE_KEYS = (
     "template_all_atom_masks",
     "template_sum_probs",
 )
+Draw = Callable[..., np.random.Generator]  # (stream, recycling pass)
+
+
+class Rows(NamedTuple):
+    """Rows of an alignment that one recycling pass sees."""
+
+    centres: Int[np.ndarray, "s"]
+    others: Int[np.ndarray, "m"]  # that join a cluster
+    extra: Int[np.ndarray, "e"]  # of those, what is seen one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +105,20 @@ def make_example(
     window = slice(start, start + config.crop_size)
     candidates = min(count_templates(raw.templates), config.max_template_hits)
     chosen = crop.choose_templates(candidates, config.num_templates, draw("templates"), training)
+    rows = [_choose_rows(raw, config, draw, slot, training) for slot in range(RECYCLE_SLOTS)]
     example = empty_example(config) if out is None else out
-    written = [(0, 0)] * RECYCLE_SLOTS if out is None else _clear(out)
-    single = {
+    values = {
         **sequence_features(raw, window),
         **structure_features(raw, window),
         **template_features(raw.templates, chosen, window),
         "use_clamped_fape": np.asarray(clamped),
     }
-    for name, value in single.items():
-        example[name][tuple(slice(size) for size in value.shape)] = value
-    draws = [partial(draw, slot=slot) for slot in range(RECYCLE_SLOTS)]
-    _write_msa_samples(raw, window, config, draws, training, example, written)
+    counts = [len(part.centres) for part in rows], [len(part.extra) for part in rows]
+    now = Used(len(values["aatype"]), len(chosen), *counts)
+    clear_beyond(example, used(example), now)
+    for name, value in values.items():
+        example[name][tuple(map(slice, value.shape))] = value
+    _write_msa(raw, window, rows, config.masked_msa_fraction, draw, example)
     return example
 
 
@@ -118,25 +130,6 @@ def empty_example(config: DataConfig) -> dict[str, np.ndarray]:
         for name, feature in FEATURES.items()
         if name not in ("example_id", "num_iter_recycling")
     }
-
-
-def _clear(example: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
-    """Back to zeros: of the MSA features what the example says it used, of the others all.
-
-    ``msa_feat``, the largest, is left to be written over; returned is what it used in each slot.
-    """
-    rows = np.count_nonzero(example["msa_row_mask"], axis=1).tolist()
-    length = int(example["seq_length"])
-    row_masks = ("msa_row_mask", "extra_msa_row_mask")  # they tell what was used: cleared last
-    for name in (*(example.keys() - {"msa_feat", *row_masks}), *row_masks):
-        array = example[name]
-        if array.ndim < 3 or "recycle" not in FEATURES[name].dims:
-            array.fill(0)
-            continue
-        mask = "extra_msa_row_mask" if name.startswith("extra") else "msa_row_mask"
-        for slot in range(RECYCLE_SLOTS):
-            array[slot, : np.count_nonzero(example[mask][slot]), :length] = 0
-    return [(count, length) for count in rows]
 
 
 def _sizes(feature: Feature, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -182,78 +175,92 @@ def template_features(
     }
 
 
-def _write_msa_samples(
-    raw: RawExample,
-    window: slice,
-    config: DataConfig,
-    draws: Sequence[Callable[[str], np.random.Generator]],
-    training: bool,
-    example: Mapping[str, np.ndarray],
-    written: Sequence[tuple[int, int]],
-) -> None:
-    """The MSA features: every recycling pass has its own rows, mask and clusters."""
-    profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
-    compared = raw.msa if len(raw.msa) > config.num_msa_clusters else raw.msa[:0]
-    planes = msa_features.bit_planes(compared)  # of few rows all are centres
-    names = [name for name, feature in FEATURES.items() if "recycle" in feature.dims]
-    for slot, draw in enumerate(draws):
-        out = {name: example[name][slot] for name in names}
-        _write_msa_sample(raw, profile, planes, window, config, draw, training, out, written[slot])
-
-
-def _write_msa_sample(
-    raw: RawExample,
-    profile: Float[np.ndarray, "r 22"],
-    planes: UInt64[np.ndarray, "5 w n"],
-    window: slice,
-    config: DataConfig,
-    draw: Callable[[str], np.random.Generator],
-    training: bool,
-    out: Mapping[str, np.ndarray],
-    written: tuple[int, int],
-) -> None:
-    """The MSA features of one pass, into zeros; ``msa_feat`` has the rows and columns written."""
-    centre_rows, extra_rows = _choose_rows(raw, config, draw, training)
-    true_msa = raw.msa[centre_rows]
-    fraction = config.masked_msa_fraction
-    centres, bert_mask = msa_features.mask_msa(true_msa, profile, fraction, draw("masking"))
-    nearest = msa_features.nearest_centres(centres, planes[..., extra_rows])
-    centres, extra = centres[:, window], raw.msa[extra_rows, window]
-    deletions = raw.deletions[centre_rows, window]
-    extra_deletions = raw.deletions[extra_rows, window]
-    rows, length = centres.shape
-    corner = (slice(rows), slice(length))
-    msa_features.msa_feat(
-        centres, deletions, extra, extra_deletions, nearest, out["msa_feat"][:rows]
-    )
-    out["msa_feat"][rows : written[0], : written[1]] = 0
-    out["msa_mask"][corner] = 1
-    out["msa_row_mask"][:rows] = 1
-    out["bert_mask"][corner] = bert_mask[:, window]
-    out["true_msa"][corner] = true_msa[:, window]
-    kept = draw("extra_rows").permutation(len(extra))[: config.num_extra_msa]
-    msa_features.extra_features(extra[kept], extra_deletions[kept], out)
-
-
 def _choose_rows(
-    raw: RawExample,
-    config: DataConfig,
-    draw: Callable[[str], np.random.Generator],
-    training: bool,
-) -> tuple[Int[np.ndarray, "s"], Int[np.ndarray, "e"]]:
-    """Rows of the alignment that become cluster centres, and all others still in play."""
+    raw: RawExample, config: DataConfig, draw: Draw, slot: int, training: bool
+) -> Rows:
+    """The rows of one pass, at random."""
     rows = np.arange(len(raw.msa))
     if training:
         rows = msa_features.delete_blocks(
             len(rows),
             config.block_deletion_fraction,
             config.block_deletion_count,
-            draw("block_deletion"),
+            draw("block_deletion", slot),
         )
     if raw.is_distillation:
         size = config.distillation_msa_rows
-        rows, _ = msa_features.sample_rows(rows, size, draw("distillation_rows"))
-    return msa_features.sample_rows(rows, config.num_msa_clusters, draw("cluster_rows"))
+        rows, _ = msa_features.sample_rows(rows, size, draw("distillation_rows", slot))
+    size = config.num_msa_clusters
+    centres, others = msa_features.sample_rows(rows, size, draw("cluster_rows", slot))
+    extra = draw("extra_rows", slot).permutation(others)[: config.num_extra_msa]
+    return Rows(centres, others, extra)
+
+
+def _write_msa(
+    raw: RawExample,
+    window: slice,
+    rows: Sequence[Rows],
+    fraction: float,
+    draw: Draw,
+    example: Mapping[str, np.ndarray],
+) -> None:
+    """The MSA features: every recycling pass has its own rows, mask and clusters."""
+    centre_rows = np.concatenate([part.centres for part in rows])
+    true_msa, deletions = raw.msa[centre_rows], raw.deletions[centre_rows, window]
+    counts = [len(part.centres) for part in rows]
+    masked, bert_mask = _mask(raw, true_msa, counts, fraction, draw)
+    ends, length = np.cumsum(counts).tolist(), deletions.shape[1]
+    parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    for slot, (count, part) in enumerate(zip(counts, parts, strict=True)):
+        corner = (slot, slice(count), slice(length))
+        msa_features.write_letters(masked[part, window], example["msa_feat"][slot, :count])
+        example["msa_mask"][corner] = example["msa_row_mask"][corner[:2]] = 1
+        example["bert_mask"][corner] = bert_mask[part, window]
+        example["true_msa"][corner] = true_msa[part, window]
+    places = np.repeat(range(RECYCLE_SLOTS), counts), np.concatenate([*map(np.arange, counts)])
+    msa_features.write_deletions(deletions, places, example["msa_feat"])
+    for slot, part in enumerate(parts):
+        if len(others := rows[slot].others):
+            nearest = msa_features.assign_clusters(masked[part], raw.msa[others])
+            members = raw.msa[others, window], raw.deletions[others, window]
+            features = example["msa_feat"][slot, : counts[slot]]
+            centres = masked[part, window], deletions[part]
+            msa_features.write_clusters(*centres, *members, nearest, features)
+            _write_extra(raw, rows[slot].extra, window, slot, example)
+
+
+def _mask(
+    raw: RawExample,
+    msa: UInt8[np.ndarray, "s r"],
+    counts: Sequence[int],
+    fraction: float,
+    draw: Draw,
+) -> tuple[UInt8[np.ndarray, "s r"], Bool[np.ndarray, "s r"]]:
+    """BERT masking of the rows of all passes, so many of each."""
+    profile = msa_features.alignment_profile(raw.msa) if raw.profile is None else raw.profile
+    sizes = [count * msa.shape[1] for count in counts]
+    maskings = [
+        msa_features.draw_masking(size, fraction, draw("masking", slot))
+        for slot, size in enumerate(sizes)
+    ]
+    masking = msa_features.join_maskings(maskings, sizes)
+    return msa_features.mask_msa(msa, msa_features.cumulative(profile), masking)
+
+
+def _write_extra(
+    raw: RawExample,
+    rows: Int[np.ndarray, "e"],
+    window: slice,
+    slot: int,
+    example: Mapping[str, np.ndarray],
+) -> None:
+    """The features of rows that are not cluster centres."""
+    extra, deletions = raw.msa[rows, window], raw.deletions[rows, window]
+    corner = (slot, slice(len(rows)), slice(extra.shape[1]))
+    example["extra_msa"][corner] = extra
+    example["extra_has_deletion"][corner] = deletions > 0
+    example["extra_deletion_value"][corner] = msa_features.deletion_value(deletions)
+    example["extra_msa_mask"][corner] = example["extra_msa_row_mask"][corner[:2]] = 1
 
 
 def collate(examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -1,0 +1,51 @@
+"""Examples written over earlier ones: nothing of them is left, and nothing is overlooked."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from raw_examples import random_raw
+
+from foldcore.config import DataConfig
+from foldcore.data.canvas import used_parts
+from foldcore.data.transforms import empty_example, make_example
+from foldcore.features import FEATURES, FeatureError, dimensions, validate
+
+CONFIG = DataConfig(crop_size=16, num_msa_clusters=6, num_extra_msa=8, num_templates=2)
+SIZES = st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(0, 3))
+NUMBERS = {"example_id": np.int32(1), "num_iter_recycling": np.int32(0)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(SIZES, min_size=2, max_size=4))
+def test_nothing_of_an_earlier_example_is_left(sizes: list[tuple[int, int, int]]) -> None:
+    shared = empty_example(CONFIG)
+    for index, (length, rows, templates) in enumerate(sizes):
+        raw = random_raw(length=length, rows=rows, templates=templates, seed=index)
+        make_example(raw, CONFIG, (index,), out=shared)
+        fresh = make_example(raw, CONFIG, (index,))
+        for name, value in fresh.items():
+            np.testing.assert_array_equal(shared[name], value, err_msg=name)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES)
+def test_the_used_parts_are_all_that_is_not_zero(sizes: tuple[int, int, int]) -> None:
+    length, rows, templates = sizes
+    raw = random_raw(length=length, rows=rows, templates=templates)
+    example = make_example(raw, CONFIG, (0,))
+    for part in used_parts(example).values():
+        part[...] = 0
+    assert not any(array.any() for array in example.values())
+
+
+@pytest.mark.parametrize("name", [n for n, f in FEATURES.items() if f.dtype == "float32"])
+def test_a_number_that_is_not_finite_is_found_in_its_part(name: str) -> None:
+    example = make_example(random_raw(rows=70, templates=9), CONFIG, (3,)) | NUMBERS
+    parts = used_parts(example)
+    whole = {key: array[None] for key, array in example.items()}
+    validate(whole, dimensions(CONFIG), parts)
+    assert parts[name].size
+    parts[name][(-1,) * parts[name].ndim] = np.inf
+    with pytest.raises(FeatureError, match=f"{name}: contains non-finite"):
+        validate(whole, dimensions(CONFIG), parts)
