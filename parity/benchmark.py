@@ -1,110 +1,240 @@
 """One operation at one shape: who can run it, how fast, and how exactly."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
 import torch
 from torch import Tensor
 
 from parity.timing import Ceilings, graph_ms, jax_ms
+from parity.tracks import to_numpy
+from torchfold._triton import compile_ahead
 
 Row = dict[str, Any]
-JAX_INPUT_SETS = 4
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least that an implementation moves and computes: each array is read or written once."""
-
-    moved: float  # bytes
-    operations: float  # a multiplication and an addition are two
+Arrays = Mapping[str, Tensor]
+Version = Callable[..., Any]  # a function of arrays, in their order
+SETS = 4  # copies of JAX's inputs, in turn: together they are more than the cache holds
+QUEUED, SHORT = 4, 2e-3  # calls with each of them that wait in line, if they take so few seconds
+COMPILERS = 8  # programs of JAX at once
+ZERO = 1e-12  # of the largest norm: no more than rounding in float64
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Versions of an operation, functions of the arrays that ``draw`` makes, in their order."""
+    """Versions of an operation, functions of the arrays that ``draw`` makes, in their order.
+
+    ``operations`` counts the matrix products of the forward and of the backward pass, a
+    multiplication and an addition as two. ``best`` holds the shortest times known of others, in
+    milliseconds on an H200: forward, and with the gradient. Of arrays that are ``replaced`` the
+    results take the place. Without ``differentiable`` arrays there is no backward pass.
+    """
 
     op: str
     shape: str
     draw: Callable[[], dict[str, Tensor]]
-    differentiable: tuple[str, ...]
-    reference: Callable[..., Tensor]
-    versions: Mapping[str, Callable[..., Tensor]]
-    forward: Cost
-    backward: Cost
-    jax_versions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    reference: Version
+    versions: Mapping[str, Version]
+    jax_versions: Mapping[str, Version]
+    differentiable: tuple[str, ...] = ()
+    operations: tuple[float, float] = (0, 0)
+    best: tuple[float, float] | None = None
+    replaced: tuple[str, ...] = ()
 
-    def rows(self, ceilings: Ceilings, only: str | None = None) -> Iterator[Row]:
-        """One row a version; one that fails here says why."""
-        torch.manual_seed(0)
-        arrays = self.draw()
-        expected = self._results(self.reference, arrays, torch.float64)
-        grad = torch.randn_like(expected["output"]).to(next(iter(arrays.values())).dtype)
-        expected = self._results(self.reference, arrays, torch.float64, grad)
-        versions = [(name, v, self._torch_row) for name, v in self.versions.items()]
-        versions += [(name, v, self._jax_row) for name, v in self.jax_versions.items()]
-        for name, version, measure in versions:
-            if only and only not in name:
-                continue
-            row: Row = {"op": self.op, "shape": self.shape, "implementation": name}
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.shape}"
+
+    def rows(self, ceilings: Ceilings, names: Iterable[str]) -> Iterator[Row]:
+        """One row for each of these versions; one that fails says why."""
+        heads = {n: {"op": self.op, "shape": self.shape, "implementation": n} for n in names}
+        if not heads:
+            return
+        try:
+            run = _Run(self)
+            run.compile(heads)
+        except Exception as error:  # other benchmarks still have something to say
+            yield from (head | failure(error) for head in heads.values())
+            return
+        for name, head in heads.items():
             try:
-                row |= measure(version, arrays, grad, expected)
-                row |= self._shares(row, ceilings)
+                measured = run.torch_row(name) if name in self.versions else run.jax_row(name)
+                yield head | measured | self._shares(run, measured, ceilings)
             except Exception as error:  # a peer that cannot run this shape is a result as well
-                row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-            torch.cuda.empty_cache()
+                yield head | failure(error)
             gc.collect()
-            yield row
+            torch.cuda.empty_cache()
 
-    def _results(
-        self,
-        version: Callable[..., Tensor],
-        arrays: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        grad: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The output and, with ``grad``, the gradients; computed in ``dtype``."""
-        leaves = {name: x.to(dtype or x.dtype) for name, x in arrays.items()}
-        for name in self.differentiable:
-            leaves[name] = leaves[name].detach().requires_grad_(grad is not None)
-        output = version(*leaves.values())
-        if grad is None:
-            return {"output": output}
-        wanted = [leaves[name] for name in self.differentiable]
-        gradients = torch.autograd.grad(output, wanted, grad.to(output.dtype))
-        return {"output": output.detach()} | dict(zip(self.differentiable, gradients, strict=True))
+    def _shares(self, run: "_Run", row: Row, ceilings: Ceilings) -> Row:
+        """How much of the time the roofline explains; multiples of the best times."""
+        (forward, bound), (backward, _) = (
+            ceilings.floor_ms(moved, operations)
+            for moved, operations in zip(run.moved(), self.operations, strict=True)
+        )
+        found: Row = {"bound": bound, "forward_share": forward / row["forward_ms"]}
+        if self.differentiable:
+            found["both_share"] = (forward + backward) / row["both_ms"]
+        if self.best:
+            names = ("forward", "both") if self.differentiable else ("forward",)
+            times = zip(names, self.best, strict=False)
+            found["of_best"] = [row[f"{name}_ms"] / best for name, best in times]
+        return found
 
-    def _torch_row(
-        self,
-        version: Callable[..., Tensor],
-        arrays: Mapping[str, Tensor],
-        grad: Tensor,
-        expected: Mapping[str, Tensor],
-    ) -> Row:
+
+def failure(error: Exception) -> Row:
+    """What a row says instead of times."""
+    return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
+
+
+class _Run:
+    """The arrays of a benchmark, and what the reference makes of them in float64.
+
+    With ``instead`` it is that version which runs, in the precision of the arrays.
+    """
+
+    def __init__(self, benchmark: Benchmark, instead: str = "") -> None:
+        torch.manual_seed(0)
+        self._benchmark = benchmark
+        self.arrays = benchmark.draw()
+        self._grad: Tensor | None = None
+        if instead:
+            self._expected = self._results(benchmark.versions[instead])
+        else:
+            self._expected = self._results(benchmark.reference, torch.float64)
+        self._programs: dict[str, list[Any]] = {}
+        self._refused: dict[str, Exception] = {}
+
+    def compile(self, names: Iterable[str]) -> None:
+        """Whatever has to be compiled: it shall not disturb the timing."""
+        chosen, versions = list(names), self._benchmark.jax_versions
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            # each version sets for itself which operations are traced: one after another
+            lowered = {n: _try(self._lower, versions[n]) for n in chosen if n in versions}
+            started = {
+                name: [pool.submit(program.compile) for program in programs]
+                for name, programs in lowered.items()
+                if not isinstance(programs, Exception)
+            }
+            for name in chosen:
+                if name in self._benchmark.versions:
+                    _try(self._warm_up, name)
+        self._programs = started
+        self._refused = {n: e for n, e in lowered.items() if isinstance(e, Exception)}
+
+    def moved(self) -> tuple[int, int]:
+        """The least bytes forward and backward: each array is read or written once."""
+        given, output = _bytes(self.arrays.values()), self._output_bytes
+        return given + output, given + output + _bytes(self._leaves())
+
+    def torch_row(self, name: str) -> Row:
+        """Errors and times of a version in PyTorch."""
+        version, grad = self._benchmark.versions[name], self._grad
+        arrays = self._own()
+
         def forward() -> None:
             with torch.no_grad():
                 version(*arrays.values())
 
-        found = self._results(version, arrays, grad=grad)
-        return {
-            "errors": relative_errors(found, expected),
-            "forward_ms": graph_ms(forward),
-            "both_ms": graph_ms(lambda: self._results(version, arrays, grad=grad)),
+        found = {"errors": self._errors(self._results(version)), "forward_ms": graph_ms(forward)}
+        if grad is not None:
+            found["both_ms"] = graph_ms(lambda: self._results(version))
+        return found
+
+    def jax_row(self, name: str) -> Row:
+        """Errors and times of a version in JAX; each call waits to be launched."""
+        if name in self._refused:
+            raise self._refused[name]
+        forward, *both = (future.result() for future in self._programs[name])
+        arrays = [to_numpy(x) for x in self.arrays.values()]
+        grad = [] if self._grad is None else [to_numpy(self._grad)]
+        sets = [[jax.device_put(x) for x in (*grad, *arrays)] for _ in range(SETS)]
+        results = both[0](*sets[0]) if both else forward(*sets[0])
+        errors = self._errors(self._named([_to_torch(x) for x in jax.tree.leaves(results)]))
+        if self._benchmark.replaced:
+            return {"errors": errors, "forward_ms": self._in_place_ms(forward, sets[1])}
+        found = {
+            "errors": errors,
+            "forward_ms": _queued_ms(forward, [x[len(grad) :] for x in sets]),
         }
+        return found | ({"both_ms": _queued_ms(both[0], sets)} if both else {})
 
-    def _jax_row(
-        self,
-        version: Callable[..., Any],
-        arrays: Mapping[str, Tensor],
-        grad: Tensor,
-        expected: Mapping[str, Tensor],
-    ) -> Row:
-        import jax
+    def _in_place_ms(self, program: Any, arrays: list[Any]) -> float:
+        """The results of a call are the replaced arrays of the next."""
+        names = list(self.arrays)
+        places = [names.index(name) for name in self._benchmark.replaced]
 
-        names = list(arrays)
-        wanted = [names.index(name) for name in self.differentiable]
+        def call() -> Any:
+            for _ in range(QUEUED):
+                for place, new in zip(places, program(*arrays), strict=True):
+                    arrays[place] = new
+            return arrays[places[0]]
+
+        return jax_ms(call, [()]) / QUEUED
+
+    def _leaves(self) -> list[Tensor]:
+        return [self.arrays[name] for name in self._benchmark.differentiable]
+
+    def _own(self) -> dict[str, Tensor]:
+        """Arrays of which the replaced ones are copies."""
+        replaced = self._benchmark.replaced
+        return {name: x.clone() if name in replaced else x for name, x in self.arrays.items()}
+
+    def _results(self, version: Version, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The output and the gradients, computed in ``dtype``."""
+        arrays = self._own() if dtype is None else dict(self.arrays)
+        for name, x in arrays.items():
+            if dtype and x.is_floating_point():
+                arrays[name] = x.to(dtype)
+        wanted = self._benchmark.differentiable
+        for name in wanted:
+            arrays[name] = arrays[name].detach().requires_grad_()
+        with torch.set_grad_enabled(bool(wanted)):
+            output = version(*arrays.values())
+        if not wanted:
+            return self._named([output] if isinstance(output, Tensor) else list(output))
+        if self._grad is None:
+            self._grad = torch.randn_like(output).to(self._leaves()[0].dtype)
+        leaves = [arrays[name] for name in wanted]
+        gradients = torch.autograd.grad(output, leaves, self._grad.to(output.dtype))
+        return self._named([output.detach(), *gradients])
+
+    def _named(self, found: list[Tensor]) -> dict[str, Tensor]:
+        """Output and gradients by name; several outputs as one."""
+        names = ("output", *self._benchmark.differentiable)
+        if len(names) == 1 < len(found):
+            found = [torch.cat([x.flatten() for x in found])]
+        return dict(zip(names, found, strict=True))
+
+    def _errors(self, found: Mapping[str, Tensor]) -> dict[str, float]:
+        return relative_errors(found, self._expected)
+
+    @property
+    def _output_bytes(self) -> int:
+        """Of the output in the precision of what it is made from."""
+        output = self._expected["output"]
+        kinds = [x.element_size() for x in self.arrays.values() if x.is_floating_point()]
+        return output.numel() * (kinds[0] if kinds else 1)
+
+    def _warm_up(self, name: str) -> None:
+        version = self._benchmark.versions[name]
+        self._results(version)
+        with torch.no_grad():
+            version(*self._own().values())
+
+    def _lower(self, version: Version) -> list[Any]:
+        """The programs of the forward pass and, where there is one, of both."""
+        names = list(self.arrays)
+        shapes = [jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for x in self.arrays.values()]
+        replaced = [names.index(name) for name in self._benchmark.replaced]
+        programs = [jax.jit(version, donate_argnums=replaced).lower(*shapes)]
+        if self._grad is None:
+            return programs
+        wanted = [names.index(name) for name in self._benchmark.differentiable]
 
         def both(grad: Any, *inputs: Any) -> tuple[Any, ...]:
             def of_wanted(*values: Any) -> Any:
@@ -116,41 +246,57 @@ class Benchmark:
             output, backward = jax.vjp(of_wanted, *(inputs[i] for i in wanted))
             return (output, *backward(grad))
 
-        inputs = [to_jax(x) for x in (grad, *arrays.values())]
-        sets = [tuple(x + 0 for x in inputs) for _ in range(JAX_INPUT_SETS)]
-        compiled = jax.jit(both)
-        results = [torch.utils.dlpack.from_dlpack(x) for x in compiled(*sets[0])]
-        found = dict(zip(("output", *self.differentiable), results, strict=True))
-        return {
-            "errors": relative_errors(found, expected),
-            "forward_ms": jax_ms(jax.jit(version), [x[1:] for x in sets]),
-            "both_ms": jax_ms(compiled, sets),
-        }
-
-    def _shares(self, row: Row, ceilings: Ceilings) -> Row:
-        """How much of the time the roofline explains."""
-        forward, bound = ceilings.floor_ms(self.forward.moved, self.forward.operations)
-        backward, _ = ceilings.floor_ms(self.backward.moved, self.backward.operations)
-        return {
-            "bound": bound,
-            "forward_share": forward / row["forward_ms"],
-            "both_share": (forward + backward) / row["both_ms"],
-        }
+        grad = jax.ShapeDtypeStruct(self._grad.shape, _jax_dtype(self._grad))
+        return [*programs, jax.jit(both).lower(grad, *shapes)]
 
 
-def relative_errors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Norm of the difference by norm, each array by name."""
+def compile_kernels(benchmarks: Iterable[Benchmark]) -> None:
+    """Compile our kernels of all benchmarks side by side; what fails here will say so later."""
+
+    def run() -> None:
+        for benchmark in benchmarks:
+            _try(_Run, benchmark, "triton, torch")
+
+    _try(compile_ahead, run)
+
+
+def _queued_ms(program: Any, sets: list[list[Any]]) -> float:
+    """Of one call; short ones wait in a longer line, behind which their start is hidden."""
+    jax.block_until_ready(program(*sets[0]))
+    start = time.perf_counter()
+    jax.block_until_ready(program(*sets[1]))
+    short = time.perf_counter() - start < SHORT
+    return jax_ms(program, [tuple(x) for x in sets] * (QUEUED if short else 1))
+
+
+def relative_errors(found: Arrays, expected: Arrays) -> dict[str, float]:
+    """Norm of the difference by norm, each array by name; not of gradients that are always zero."""
+    norms = {name: float(torch.linalg.norm(x.double())) for name, x in expected.items()}
+    least = ZERO * max(norms.values())
     return {
-        name: float(torch.linalg.norm(found[name].double() - x) / torch.linalg.norm(x))
-        for name, x in expected.items()
+        name: float(torch.linalg.norm(found[name].double() - expected[name].double())) / norm
+        for name, norm in norms.items()
+        if norm > least
     }
 
 
-def to_jax(x: Tensor) -> Any:
-    """A JAX array on the same device, in memory of its own."""
-    import jax.numpy as jnp
+def _try(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns, or the error: it is reported where the row is made."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
 
-    array = jnp.asarray(x.float().cpu().numpy())
-    return array.astype(jnp.bfloat16) if x.dtype == torch.bfloat16 else array
+
+def _bytes(arrays: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in arrays)
+
+
+def _jax_dtype(x: Tensor) -> np.dtype:
+    return to_numpy(x.new_empty(0)).dtype
+
+
+def _to_torch(x: Any) -> Tensor:
+    if x.dtype == bool:  # which PyTorch does not take from other libraries
+        return torch.from_numpy(np.array(x)).to("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.utils.dlpack.from_dlpack(x)

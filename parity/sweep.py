@@ -1,18 +1,21 @@
-"""Tries launch sizes of kernels on this GPU, compiled side by side, and prints the fastest."""
+"""Times single kernels on this GPU, and finds their fastest launch sizes."""
 
 import itertools
+import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from foldcore.kernels.launch import Launch
-from parity.timing import graph_ms
-from torchfold._triton import call
+from foldcore.kernels.launch import Launch, Output
+from parity.benchmark import COMPILERS, Row, failure
+from parity.timing import Ceilings, graph_ms
+from torchfold._triton import call, compile_kernel
 
 BEST = 4  # lines to print of each kernel and shape
 
@@ -74,18 +77,36 @@ def runner(candidate: Candidate, inputs: list[Tensor]) -> Callable[[], object]:
 
 def compile_one(candidate: Candidate) -> str:
     """Fill Triton's cache on disk; says what is wrong with sizes that do not fit."""
-    launch = candidate.launch()
-    outputs = [getattr(torch, output.dtype) for output in launch.outputs]
     try:
-        launch.kernel.warmup(
-            *candidate.input_dtypes(),
-            *launch.scalars,
-            *outputs,
-            grid=launch.grid,
-            **launch.constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
+        compile_kernel(candidate.launch(), candidate.input_dtypes())
     except Exception as error:  # too much shared memory, too many registers
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+# Sizes in use -------------------------------------------------------------------------------------
+
+
+def launch_rows(candidates: Sequence[Candidate], ceilings: Ceilings) -> Iterator[Row]:
+    """A row for each: its time, and how much of it moving its arrays once explains."""
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        list(pool.map(compile_one, candidates))
+    for candidate in candidates:
+        row: Row = {"op": "kernel", "shape": candidate.label, "implementation": "triton, torch"}
+        try:
+            yield row | _launch_row(candidate, ceilings)
+        except Exception as error:
+            yield row | failure(error)
+        torch.cuda.empty_cache()
+
+
+def _launch_row(candidate: Candidate, ceilings: Ceilings) -> Row:
+    launch, inputs = candidate.launch(), candidate.draw_inputs()
+    spent = graph_ms(lambda: call(launch, *inputs))
+    moved = sum(x.numel() * x.element_size() for x in inputs)
+    floor, bound = ceilings.floor_ms(moved + sum(map(_bytes, launch.outputs)), 0)
+    return {"forward_ms": spent, "bound": bound, "forward_share": floor / spent}
+
+
+def _bytes(output: Output) -> int:
+    return math.prod(output.shape) * getattr(torch, output.dtype).itemsize

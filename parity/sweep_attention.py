@@ -1,0 +1,134 @@
+"""Launch sizes of attention worth trying; see ``parity.sweep``."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foldcore.kernels import attention, attention_backward, attention_long
+from foldcore.kernels.attention_tiles import WHOLE_LIMIT, Problem, Tiles
+from foldcore.kernels.launch import Launch
+from parity.bench_attention import SHAPES, Shape
+from torchfold._triton import call
+
+# with another of the same kernels the rest run as well
+SWEPT = tuple(shape.name for shape in SHAPES if "ending" not in shape.name)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to launch one kernel."""
+
+    shape: Shape
+    kernel: str
+    tiles: Tiles | None  # None for those in use
+
+    def problem(self) -> Problem:
+        s = self.shape
+        return Problem(
+            shape=(s.batch, s.rows, s.columns, 4, s.heads, s.width),
+            axis=s.axis,
+            scale=s.scale,
+            dtype="bfloat16",
+            has_bias=s.biased,
+            architecture=90,
+        )
+
+    @property
+    def label(self) -> str:
+        return f"{self.kernel} {self.shape.name}"
+
+    def launch(self) -> Launch:
+        return LAUNCHES[self.kernel](self.problem(), self.tiles)
+
+    def input_dtypes(self) -> list[torch.dtype]:
+        return [DTYPES[name] for name in _inputs(self.kernel, self.shape.biased)]
+
+    def draw_inputs(self) -> list[Tensor]:
+        """Results of the forward pass, as the kernels of the backward pass need them."""
+        arrays = self.shape.draw()
+        first = [arrays["projected"], arrays["mask"], arrays.get("bias", arrays["mask"])]
+        output, logsumexp = call(attention.forward(self.problem()), *first)
+        arrays |= {"output": output, "logsumexp": logsumexp, "grad": torch.randn_like(output)}
+        arrays["delta"] = torch.randn_like(logsumexp)
+        return [arrays[name] for name in _inputs(self.kernel, self.shape.biased)]
+
+    def finish(self, outputs: tuple[Tensor, ...]) -> object:
+        return outputs[0].sum(0).to(torch.bfloat16) if self.kernel == "bias_grad" else None
+
+
+LAUNCHES: dict[str, Callable[[Problem, Tiles | None], Launch]] = {
+    "forward": attention.forward,
+    "whole_grad": attention_backward.whole_grad,
+    "bias_grad": attention_backward.bias_grad,
+    "query_grad": attention_long.query_grad,
+    "key_value_grad": attention_long.key_value_grad,
+}
+
+
+DTYPES = {
+    "projected": torch.bfloat16,
+    "mask": torch.float32,
+    "bias": torch.bfloat16,
+    "output": torch.bfloat16,
+    "grad": torch.bfloat16,
+    "logsumexp": torch.float32,
+    "delta": torch.float32,
+}
+
+
+def _inputs(kernel: str, biased: bool) -> list[str]:
+    first = ["projected", "mask", "bias" if biased else "mask"]
+    if kernel == "forward":
+        return first
+    whole = kernel in ("whole_grad", "query_grad")
+    return first + (["output", "logsumexp"] if whole else ["logsumexp", "delta"]) + ["grad"]
+
+
+def candidates() -> Iterator[Candidate]:
+    """Every size worth trying, for each kernel and shape."""
+    for shape in SHAPES:
+        for kernel in LAUNCHES:
+            if shape.name in SWEPT and _runs(kernel, shape):
+                for tiles in _sizes(kernel, shape):
+                    yield Candidate(shape, kernel, tiles)
+
+
+def in_use() -> Iterator[Candidate]:
+    """Every kernel at the shapes of the model, with the sizes that it has."""
+    for shape in SHAPES:
+        for kernel in LAUNCHES:
+            if shape.name in SWEPT and _runs(kernel, shape):
+                yield Candidate(shape, kernel, None)
+
+
+def _runs(kernel: str, shape: Shape) -> bool:
+    whole = shape.length <= WHOLE_LIMIT
+    return {
+        "forward": True,
+        "whole_grad": whole,
+        "bias_grad": shape.biased,
+        "query_grad": not whole,
+        "key_value_grad": not whole,
+    }[kernel]
+
+
+def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
+    """(queries, keys, warps) x (groups, stages)."""
+    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
+    depths = [(1, 1), (1, 2), (1, 3)]
+    if kernel == "forward":
+        tiles += [(64, 256, 4), (128, 256, 8), (64, 32, 4)]
+        depths = [(1, 1), (1, 2), (8, 2), (8, 3)]
+    elif kernel == "whole_grad":
+        keys = 128 if shape.length <= 128 else 256
+        tiles = [(16, keys, 4), (32, keys, 4), (64, keys, 4)]
+        tiles += [(16, keys, 8), (32, keys, 8), (64, keys, 8), (128, keys, 8)]
+    elif kernel == "bias_grad":
+        tiles += [(64, 128, 8)]
+        depths = [(8, 2), (16, 2), (32, 2), (8, 3), (16, 3), (32, 3)]
+    for (queries, keys, warps), (groups, stages) in itertools.product(tiles, depths):
+        if queries <= shape.length and keys <= max(128, shape.length):
+            yield Tiles(queries, keys, groups, warps, stages)

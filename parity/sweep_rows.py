@@ -1,0 +1,277 @@
+"""Launch sizes worth trying, of kernels other than attention; see ``parity.sweep``."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldcore.config import OptimizerConfig
+from foldcore.kernels import (
+    layer_norm,
+    linear_update,
+    optimizer,
+    outer_product,
+    rows,
+    transition,
+    triangle,
+    triangle_backward,
+)
+from foldcore.kernels.launch import Launch
+from foldcore.kernels.layer_norm import Sizes
+from foldcore.kernels.rows import Tiles
+from parity.bench_rows import (
+    NORMS,
+    OUTER,
+    TRANSITIONS,
+    TRIANGLES,
+    UPDATES,
+    Array,
+    draw,
+    norm_arrays,
+    outer_arrays,
+    transition_arrays,
+    triangle_arrays,
+    update_arrays,
+)
+from parity.bench_state import PARAMETERS
+from torchfold._triton import call
+
+KIND = ("bfloat16", 90)  # dtype and architecture
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to launch one kernel, at a shape as the functions of its arrays take it."""
+
+    kernel: str
+    shape: tuple[int, ...]
+    tiles: Tiles | Sizes | optimizer.Sizes | None  # None for those in use
+
+    @property
+    def label(self) -> str:
+        return f"{self.kernel} {'x'.join(map(str, self.shape))}"
+
+    def launch(self) -> Launch:
+        return LAUNCHES[self.kernel](self.shape, self.tiles)
+
+    def input_dtypes(self) -> list[torch.dtype]:
+        kinds = [kind for kind, _ in INPUTS[self.kernel](self.shape)]
+        return [torch.float32 if kind == "mask" else torch.bfloat16 for kind in kinds]
+
+    def draw_inputs(self) -> list[Tensor]:
+        arrays = {str(i): array for i, array in enumerate(INPUTS[self.kernel](self.shape))}
+        return list(draw(arrays).values())
+
+    def finish(self, outputs: tuple[Tensor, ...]) -> object:
+        """The sums of gradients of vectors, of which there are as many as tiles."""
+        if "backward" not in self.kernel:
+            return None
+        n, m = outputs[-1].shape
+        return call(rows.column_sums(n, m, *KIND), outputs[-1])
+
+
+def _kind(shape: tuple[int, ...]) -> tuple[int, int, int, int, str, int]:
+    """What a launch of a triangle's first part is told."""
+    b, n, c, h = shape
+    return b, n * n, c, h, *KIND
+
+
+def _output_kind(
+    shape: tuple[int, ...],
+) -> tuple[int, tuple[int, int], int, int, str, int]:
+    b, n, c, h = shape
+    return b, (n, n), c, h, *KIND
+
+
+def _update_kind(
+    shape: tuple[int, int, int, int],
+) -> tuple[linear_update.Shape, int, int, str, int]:
+    i, j, k, c = shape
+    return linear_update.Shape(1, i, j, shared=1), k, c, *KIND
+
+
+def _outer_shape(shape: tuple[int, int, int]) -> outer_product.Shape:
+    n, c, z = shape
+    return outer_product.Shape(n, n, c, c, z)
+
+
+LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
+    "norm forward": lambda s, t: layer_norm.forward(s[0], s[1], *KIND, t or layer_norm.FORWARD),
+    "norm backward": lambda s, t: layer_norm.backward(
+        s[0], s[1], *KIND, sizes=t or layer_norm.BACKWARD
+    ),
+    "transition forward": lambda s, t: transition.forward(s[0], s[1], s[2], *KIND, True, t),
+    "transition backward": lambda s, t: transition.backward(s[0], s[1], s[2], *KIND, t),
+    "update forward": lambda s, t: linear_update.forward(*_update_kind(s), residual=True, tiles=t),
+    "update backward": lambda s, t: linear_update.backward(*_update_kind(s), tiles=t),
+    "optimizer": lambda s, t: optimizer.update(
+        s[0], OptimizerConfig(), KIND[1], t or optimizer.MEASURED
+    ),
+    "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, t),
+    "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
+    "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
+    "triangle project": lambda s, t: triangle.project(*_kind(s), tiles=t),
+    "triangle output": lambda s, t: triangle.output(
+        *_output_kind(s), has_factor=True, residual=True, tiles=t
+    ),
+    "triangle output backward": lambda s, t: triangle_backward.output_backward(
+        *_output_kind(s), has_factor=True, tiles=t
+    ),
+    "triangle project backward": lambda s, t: triangle_backward.project_backward(
+        *_kind(s), tiles=t
+    ),
+}
+
+
+def _norm_inputs(shape: tuple[int, int]) -> list[Array]:
+    return list(norm_arrays(*shape).values())
+
+
+def _norm_backward_inputs(shape: tuple[int, int]) -> list[Array]:
+    x, scale, _ = _norm_inputs(shape)
+    return [x, scale, x, x]
+
+
+def _transition_inputs(shape: tuple[int, int, int]) -> list[Array]:
+    return list(transition_arrays(*shape).values())
+
+
+def _transition_backward_inputs(shape: tuple[int, int, int]) -> list[Array]:
+    x, *parameters, _ = _transition_inputs(shape)
+    return [x, x, *parameters]
+
+
+def _update_inputs(shape: tuple[int, int, int, int]) -> list[Array]:
+    i, j, k, c = shape
+    x, y, weights, bias, factor = update_arrays((1, i, j), k, c, 1).values()
+    return [y, weights, bias, x, factor]
+
+
+def _update_backward_inputs(shape: tuple[int, int, int, int]) -> list[Array]:
+    _, weights, _, x, factor = _update_inputs(shape)
+    return [x, weights, factor]
+
+
+def _optimizer_inputs(shape: tuple[int]) -> list[Array]:
+    buffer: Array = "mask", shape
+    return [buffer, buffer, buffer, buffer, buffer, ("mask", (6,))]
+
+
+def _outer_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:
+    n, c, z = shape
+    outer: Array = "normal", (n, c, n, c)
+    dsum: Array = "normal", (n * n, z)
+    count: Array = "mask", (n * n,)
+    weights, bias = list(outer_arrays(1, n, c, z).values())[3:]
+    return {
+        "project": [outer, weights, bias, count],
+        "gradient": [dsum, weights, count],
+        "weights": [outer, dsum],
+    }[kernel]
+
+
+def _triangle_inputs(kernel: str, shape: tuple[int, int, int, int]) -> list[Array]:
+    b, n, _, h = shape
+    pair, mask, factor, *w = triangle_arrays(*shape).values()
+    first = ("normal", (b, h, n * n))
+    before, after = w[:10], [*w[10:14], *w[:2], *w[14:]]
+    return {
+        "project": [pair, mask, *before],
+        "output": [first, pair, factor, *after],
+        "output backward": [pair, first, pair, factor, *after],
+        "project backward": [pair, mask, first, first, *before],
+    }[kernel]
+
+
+INPUTS: dict[str, Callable[[Any], list[Array]]] = {
+    "norm forward": _norm_inputs,
+    "norm backward": _norm_backward_inputs,
+    "transition forward": _transition_inputs,
+    "transition backward": _transition_backward_inputs,
+    "update forward": _update_inputs,
+    "update backward": _update_backward_inputs,
+    "optimizer": _optimizer_inputs,
+    "outer project": lambda s: _outer_inputs("project", s),
+    "outer gradient backward": lambda s: _outer_inputs("gradient", s),
+    "outer weights backward": lambda s: _outer_inputs("weights", s),
+    "triangle project": lambda s: _triangle_inputs("project", s),
+    "triangle output": lambda s: _triangle_inputs("output", s),
+    "triangle output backward": lambda s: _triangle_inputs("output backward", s),
+    "triangle project backward": lambda s: _triangle_inputs("project backward", s),
+}
+
+
+# lines, columns, warps, stages
+TILES = (
+    (64, 32, 4, 1),
+    (64, 32, 4, 2),
+    (64, 64, 4, 1),
+    (64, 64, 4, 2),
+    (64, 64, 8, 2),
+    (64, 128, 8, 1),
+    (128, 32, 8, 1),
+    (128, 32, 8, 2),
+    (128, 32, 8, 3),
+    (128, 64, 8, 1),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 128, 8, 1),
+)
+OUTER_TILES = (
+    (64, 64, 4, 3),
+    (64, 64, 4, 4),
+    (64, 128, 4, 3),
+    (64, 128, 8, 3),
+    (64, 128, 8, 4),
+    (128, 32, 8, 3),
+    (128, 64, 4, 3),
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (128, 128, 8, 2),
+    (128, 128, 8, 3),
+    (256, 32, 8, 3),
+    (256, 64, 8, 3),
+)
+
+
+def candidates() -> Iterator[Candidate]:
+    """Sizes worth trying, for each kernel and shape."""
+    for shape in NORMS[:3]:
+        for elements, warps in itertools.product((2048, 4096, 8192), (4, 8)):
+            yield Candidate("norm forward", shape, Sizes(elements, warps))
+        for elements, groups in itertools.product((4096, 8192, 16384), (132, 256, 512)):
+            yield Candidate("norm backward", shape, Sizes(elements, elements // 2048, groups))
+    for elements, groups, warps in itertools.product((1024, 2048, 4096), (528, 1056, 2112), (4, 8)):
+        yield Candidate("optimizer", (PARAMETERS,), optimizer.Sizes(elements, groups, warps))
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "transition": [(n, c, f) for _, n, c, f in TRANSITIONS],
+        "triangle": list(TRIANGLES[:2]),
+        "outer": [(n, c, z) for _, _, n, c, z in OUTER[:1]],
+        "update": [(i, j, k, c) for _, (_, i, j), k, c, _ in UPDATES[:2]],
+        "norm": [],
+        "optimizer": [],
+    }
+    for kernel in LAUNCHES:
+        kind = kernel.split()[0]
+        tiles = OUTER_TILES if kind == "outer" else TILES
+        for where, tile in itertools.product(shapes[kind], tiles):
+            yield Candidate(kernel, where, Tiles(*tile))
+
+
+def in_use() -> Iterator[Candidate]:
+    """Every kernel at the shapes of the model, with the sizes that it has."""
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "norm": list(NORMS[:3]),
+        "transition": [(n, c, f) for _, n, c, f in TRANSITIONS],
+        "triangle": list(TRIANGLES[:2]),
+        "outer": [(n, c, z) for _, _, n, c, z in OUTER[:1]],
+        "update": [(i, j, k, c) for _, (_, i, j), k, c, shared in UPDATES[:-1] if shared == 1],
+        "optimizer": [(PARAMETERS,)],
+    }
+    for kernel in LAUNCHES:
+        for shape in shapes[kernel.split()[0]]:
+            yield Candidate(kernel, shape, None)
