@@ -3,14 +3,14 @@
 import functools
 import os
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
 from jax import Array
 
 from foldcore.kernels.launch import NEEDS_GPU, Launch
-from jaxfold._triton_cache import on_disk
+from jaxfold._triton_cache import Kept
 from jaxfold.ops import UnsupportedOp
 
 _cache: Path | None = None  # where compiled kernels are kept
@@ -57,12 +57,15 @@ def _jax_triton() -> ModuleType:
     if folder is not None:
         os.environ[name] = folder
     if _cache is not None:
-        triton_lib.compile_ttir_inplace = on_disk(
+        kept = Kept(
+            triton_lib.code_gen.ast_to_ttir,
             triton_lib.compile_ttir_inplace,
             _cache,
             f"{triton.__version__} {jax_triton.__version__}",
             triton_lib.CompilationResult,
         )
+        triton_lib.code_gen = SimpleNamespace(ast_to_ttir=kept.make)
+        triton_lib.compile_ttir_inplace = kept.compile
     return jax_triton
 
 

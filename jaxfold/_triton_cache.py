@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-Compile = Callable[..., Any]  # (ttir, backend, options, compute capability, platform) -> result
-KEPT = ("binary", "name", "shared_mem_bytes", "ttgir", "llir")  # fields of a result
+Step = Callable[..., Any]
+KEPT = {"binary", "name", "shared_mem_bytes", "ttgir", "llir", "ttir"}
 
 
 def compile_all(program: ClosedJaxpr, primitive: str = "triton_kernel_call") -> None:
@@ -53,19 +53,48 @@ def _lower(call: JaxprEqn) -> None:
     jax.jit(partial(call.primitive.bind, **call.params)).lower(*shapes)
 
 
-def on_disk(compile_kernel: Compile, folder: Path, version: str, result_type: type) -> Compile:
-    """``compile_kernel``, whose results are kept in a folder and read from it the next time."""
+class Known(NamedTuple):
+    """A kernel found on the disk, where jax-triton expects Triton's module of it."""
 
-    def run(ttir: Any, backend: Any, options: Any, compute_capability: int, platform: str) -> Any:
-        parts = (version, platform, str(compute_capability), options.hash(), str(ttir))
-        path = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"
+    ttir: str
+    result: Any
+
+    def __str__(self) -> str:
+        return self.ttir
+
+
+class Kept:
+    """jax-triton's two steps to a kernel; what they gave is read from a folder the next time.
+
+    ``make(function, source, options=, ...)`` parses a kernel to Triton's module, ``compile(module,
+    ...)`` makes PTX of it.
+    """
+
+    def __init__(
+        self, make: Step, compile: Step, folder: Path, version: str, result_type: type
+    ) -> None:
+        self._make, self._compile = make, compile
+        self._folder, self._version, self._type = folder, version, result_type
+        self._current = threading.local()  # a thread makes a kernel and then compiles it
+
+    def make(self, function: Any, source: Any, *, options: Any, **rest: Any) -> Any:
+        """What was kept for this source, sizes and options; else Triton's module."""
+        parts = (self._version, source.hash(), options.hash())
+        path = self._folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"
         if (known := _read(path)) is not None:
-            return result_type(**known)
-        result = compile_kernel(ttir, backend, options, compute_capability, platform)
-        _write(path, {name: value for name, value in asdict(result).items() if name in KEPT})
-        return result
+            return Known(known.pop("ttir"), self._type(**known))
+        module = self._make(function, source, options=options, **rest)
+        self._current.kernel = path, str(module)  # compiling changes the module
+        return module
 
-    return run
+    def compile(self, module: Any, *rest: Any) -> Any:
+        """The compiled kernel."""
+        if isinstance(module, Known):
+            return module.result
+        path, ttir = self._current.kernel
+        result = self._compile(module, *rest)
+        _write(path, {**asdict(result), "ttir": ttir})
+        return result
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -74,7 +103,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         known = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return known if isinstance(known, dict) and set(known) == set(KEPT) else None
+    return known if isinstance(known, dict) and set(known) == KEPT else None
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

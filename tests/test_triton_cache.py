@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxfold._triton_cache import Compile, calls, compile_all, on_disk
+from jaxfold._triton_cache import Kept, calls, compile_all
 
 
 def nested(x: jax.Array) -> jax.Array:
@@ -45,7 +45,9 @@ class Result:
     llir: str | None = None
 
 
-class Options:
+class Named:
+    """A source or options."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -53,24 +55,40 @@ class Options:
         return self.name
 
 
+class Module:
+    """What compiling changes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Compiler:
     """Counts what it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.compiled: list[Any] = []
-        self.cached: Compile = on_disk(self._compile, folder, "1.0", Result)
+        self.compiled: list[str] = []
+        self._kept = Kept(self._make, self._compile, folder, "1.0", Result)
 
-    def _compile(self, ttir: str, backend: Any, options: Options, cc: int, platform: str) -> Result:
-        self.compiled.append((ttir, options.name, cc))
-        return Result(f"ptx of {ttir}", ttir, cc)
+    def _make(self, function: None, source: Named, *, options: Named, context: str) -> Module:
+        assert context == "c"
+        return Module(f"{source.name} with {options.name}")
 
-    def __call__(self, ttir: str, options: str = "o", cc: int = 90) -> Result:
-        return self.cached(ttir, None, Options(options), cc, "cuda")
+    def _compile(self, module: Module, compute_capability: int) -> Result:
+        self.compiled.append(text := str(module))
+        module.text = "changed"
+        return Result(f"ptx of {text}", text, compute_capability)
+
+    def __call__(self, source: str, options: str = "o") -> tuple[str, Result]:
+        module = self._kept.make(None, Named(source), options=Named(options), context="c")
+        return str(module), self._kept.compile(module, 90)
 
 
 def test_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
     first, second = Compiler(tmp_path / "new"), Compiler(tmp_path / "new")
-    asked: list[tuple[Any, ...]] = [("a",), ("b",), ("a", "p"), ("a", "o", 80)]
+    asked: list[tuple[Any, ...]] = [("a",), ("b",), ("a", "p")]
     results = [first(*arguments) for arguments in asked]
     assert len(first.compiled) == len(asked)
     assert [second(*arguments) for arguments in asked] == results
@@ -79,10 +97,11 @@ def test_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"binary": 1}'])
 def test_a_damaged_file_is_compiled_again(tmp_path: Path, damage: str) -> None:
-    result = Compiler(tmp_path)("a")
+    text, result = Compiler(tmp_path)("a")
+    assert text == result.name == "a with o"
     (kept,) = tmp_path.iterdir()
     kept.write_text(damage)
     again = Compiler(tmp_path)
-    assert again("a") == result
+    assert again("a") == (text, result)
     assert len(again.compiled) == 1
-    assert Compiler(tmp_path)("a") == result
+    assert Compiler(tmp_path)("a") == (text, result)
