@@ -79,8 +79,8 @@ def benchmarks() -> Iterator[Benchmark]:
                 "triton, torch": of_ops(torch_ops, shape, "triton"),
                 "torch": of_ops(torch_ops, shape, "reference"),
                 "torch SDPA": peers.sdpa(shape),
-                "torch compiled": torch.compile(of_ops(torch_ops, shape, "reference")),
-                "torch FlexAttention": torch.compile(peers.flex(shape)),
+                "torch compiled": peers.compiled(of_ops(torch_ops, shape, "reference")),
+                "torch FlexAttention": peers.compiled(peers.flex(shape)),
                 **({"cuEquivariance": peers.triangle_attention(shape)} if shape.biased else {}),
             },
             jax_versions={

@@ -94,7 +94,7 @@ class _Whole:
             versions={
                 "triton, torch": self.in_torch("triton"),
                 "torch": self.in_torch("reference"),
-                "torch compiled": self.in_torch("reference", torch.compile),
+                "torch compiled": self.in_torch("reference", peers.compiled),
                 **others,
             },
             jax_versions={"triton, JAX": self.in_jax("triton"), "XLA": self.in_jax("reference")},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from jaxfold import ops as jax_ops
+from parity import peers
 from parity.benchmark import Benchmark
 from torchfold import ops as torch_ops
 
@@ -169,7 +170,7 @@ def _benchmark(
         versions={
             "triton, torch": version(torch_ops, "triton"),
             "torch": reference,
-            "torch compiled": torch.compile(reference),
+            "torch compiled": peers.compiled(reference),
         },
         jax_versions={
             "triton, JAX": version(jax_ops, "triton"),

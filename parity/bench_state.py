@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foldcore.config import OptimizerConfig
+from parity import peers
 from parity.benchmark import Benchmark
 from parity.tracks import JAX, TORCH, Track, using
 from torchfold._masks import MaskPlan, Request
@@ -40,7 +41,7 @@ def benchmarks(size: int = PARAMETERS, blocks: int = BLOCKS) -> Iterator[Benchma
         versions={
             "triton, torch": _update(TORCH, "triton"),
             "torch": _update(TORCH, "reference"),
-            "torch compiled": _update(TORCH, "reference", torch.compile),
+            "torch compiled": _update(TORCH, "reference", peers.compiled),
         },
         jax_versions={"triton, JAX": _update(JAX, "triton"), "XLA": _update(JAX, "reference")},
         replaced=BUFFERS,
@@ -70,14 +71,16 @@ def _update(
 ) -> Callable[..., Any]:
     """The new buffers; the kernel writes them into the places of the old."""
 
+    optimizer, is_jax = track.optimizer, track.is_jax
+
     def run(gradient: Any, *buffers: Any) -> tuple[Any, ...]:
-        if track.is_jax:
+        if is_jax:
             step, finite = jnp.int32(STEP), jnp.bool_(True)
         else:
             step, finite = (torch.full((), x, device=gradient.device) for x in (STEP, True))
-        factor, _ = track.optimizer.clip_factor(gradient, MAX_NORM)
-        old = track.optimizer.Buffers(*buffers)
-        return tuple(track.optimizer.update(gradient, factor, old, step, finite, CONFIG)[0])
+        factor, _ = optimizer.clip_factor(gradient, MAX_NORM)
+        old = optimizer.Buffers(*buffers)
+        return tuple(optimizer.update(gradient, factor, old, step, finite, CONFIG)[0])
 
     return using(track, implementation, around(run))
 

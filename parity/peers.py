@@ -48,6 +48,14 @@ def absent() -> dict[str, str]:
     return {"cuEquivariance": f"not installed: {', '.join(missing)}"} if missing else {}
 
 
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """By ``torch.compile``, in one piece and for each shape apart, however many there are."""
+    import torch._dynamo  # slow to import, and only needed here
+
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+
 # Attention ----------------------------------------------------------------------------------------
 
 
