@@ -112,16 +112,12 @@ def shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def validate(
-    batch: Mapping[str, np.ndarray],
-    sizes: Mapping[str, int] | None = None,
-    parts: Mapping[str, np.ndarray] | None = None,
+    batch: Mapping[str, np.ndarray], sizes: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Check names, dtypes, shapes and finiteness; returns the sizes of the named dimensions.
 
     Without ``sizes`` the dimensions are read from the batch itself and must agree with each other.
-    Where all but some ``parts`` is known to be zero, only those are looked through for numbers that
-    are not finite. Raises :class:`FeatureError` naming the first feature that is missing, unknown
-    or misshapen.
+    Raises :class:`FeatureError` naming the first feature that is missing, unknown or misshapen.
     """
     if missing := FEATURES.keys() - batch.keys():
         raise FeatureError(f"missing features: {', '.join(sorted(missing))}")
@@ -130,9 +126,6 @@ def validate(
     found = dict(sizes or {"recycle": RECYCLE_SLOTS})
     for name, feature in FEATURES.items():
         _check(name, feature, batch[name], found)
-        part = (batch if parts is None else parts)[name]
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            raise FeatureError(f"{name}: contains non-finite values")
     return found
 
 
@@ -146,3 +139,5 @@ def _check(name: str, feature: Feature, array: np.ndarray, sizes: dict[str, int]
         expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
         if size != expected:
             raise FeatureError(f"{name}: shape {array.shape}, but {dim!r} is {expected}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise FeatureError(f"{name}: contains non-finite values")

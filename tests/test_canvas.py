@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from raw_examples import random_raw
 
 from foldcore.config import DataConfig
-from foldcore.data.canvas import used_parts
+from foldcore.data.canvas import check_finite, used_parts
 from foldcore.data.transforms import empty_example, make_example
-from foldcore.features import FEATURES, FeatureError, dimensions, validate
+from foldcore.features import FEATURES, FeatureError
 
 CONFIG = DataConfig(crop_size=16, num_msa_clusters=6, num_extra_msa=8, num_templates=2)
 SIZES = st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(0, 3))
-NUMBERS = {"example_id": np.int32(1), "num_iter_recycling": np.int32(0)}
+NUMBERS = {name: np.zeros((), np.int32) for name in ("example_id", "num_iter_recycling")}
 
 
 @settings(max_examples=30, deadline=None)
@@ -33,19 +33,20 @@ def test_nothing_of_an_earlier_example_is_left(sizes: list[tuple[int, int, int]]
 def test_the_used_parts_are_all_that_is_not_zero(sizes: tuple[int, int, int]) -> None:
     length, rows, templates = sizes
     raw = random_raw(length=length, rows=rows, templates=templates)
-    example = make_example(raw, CONFIG, (0,))
-    for part in used_parts(example).values():
+    example = make_example(raw, CONFIG, (0,)) | NUMBERS
+    for _, part in used_parts(example):
         part[...] = 0
     assert not any(array.any() for array in example.values())
 
 
 @pytest.mark.parametrize("name", [n for n, f in FEATURES.items() if f.dtype == "float32"])
-def test_a_number_that_is_not_finite_is_found_in_its_part(name: str) -> None:
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_a_number_that_is_not_finite_is_found(name: str, number: float) -> None:
     example = make_example(random_raw(rows=70, templates=9), CONFIG, (3,)) | NUMBERS
-    parts = used_parts(example)
-    whole = {key: array[None] for key, array in example.items()}
-    validate(whole, dimensions(CONFIG), parts)
-    assert parts[name].size
-    parts[name][(-1,) * parts[name].ndim] = np.inf
+    check_finite(example)
+    parts = [part for key, part in used_parts(example) if key == name and part.size]
+    parts[-1][(-1,) * parts[-1].ndim] = 1e30  # its square is infinite, but not itself
+    check_finite(example)
+    parts[-1][(-1,) * parts[-1].ndim] = number
     with pytest.raises(FeatureError, match=f"{name}: contains non-finite"):
-        validate(whole, dimensions(CONFIG), parts)
+        check_finite(example)

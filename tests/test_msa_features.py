@@ -163,3 +163,9 @@ def test_msa_feat_by_brute_force(members: int) -> None:
         np.testing.assert_array_equal(row[:, 25:48], profile.astype(np.float32))
         mean = f.deletion_value(counts.sum(0) / size)
         np.testing.assert_array_equal(row[:, 48], mean.astype(np.float32))
+
+
+def test_deletion_values() -> None:
+    expected = 2 / np.pi * np.arctan(np.array([[0, 1 / 3, 2, 0], [0, 0, 0, 1e4]]))
+    found = f.deletion_values(np.array([[0, 1, 6, 0], [0, 0, 0, 30_000]], np.uint16))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

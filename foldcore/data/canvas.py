@@ -4,12 +4,13 @@ An example is zero beyond its residues, templates and rows. What an earlier one 
 tell, so only that is cleared, and only where the new one does not reach.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from foldcore.features import FEATURES, RECYCLE_SLOTS, Batch
+from foldcore.features import FEATURES, RECYCLE_SLOTS, Batch, FeatureError
 
 
 def _features(*dims: str) -> list[str]:
@@ -17,9 +18,11 @@ def _features(*dims: str) -> list[str]:
     return [n for n, feature in FEATURES.items() if feature.dims[: len(dims)] == dims]
 
 
+_NUMBERS = [name for name, feature in FEATURES.items() if not feature.dims]
 _OF_RESIDUES, _OF_TEMPLATES = _features("r"), _features("t")
 _OF_TEMPLATE_RESIDUES = _features("t", "r")
-_OF_ROWS, _OF_EXTRA_ROWS = _features("recycle", "s"), _features("recycle", "e")
+_ROWS, _EXTRA_ROWS = "msa_row_mask", "extra_msa_row_mask"
+_OF_ROWS, _OF_EXTRA_ROWS = _features("recycle", "s", "r"), _features("recycle", "e", "r")
 _FULL_WIDTH = "msa_feat"  # is always written in the width of the crop, zeros included
 
 
@@ -38,22 +41,32 @@ def used(example: Mapping[str, np.ndarray]) -> Used:
     return Used(
         int(example["seq_length"]),
         int(np.count_nonzero(example["template_mask"])),
-        np.count_nonzero(example["msa_row_mask"], axis=1).tolist(),
-        np.count_nonzero(example["extra_msa_row_mask"], axis=1).tolist(),
+        np.count_nonzero(example[_ROWS], axis=1).tolist(),
+        np.count_nonzero(example[_EXTRA_ROWS], axis=1).tolist(),
     )
 
 
-def used_parts(example: Mapping[str, np.ndarray]) -> Batch:
-    """Views of the part of each feature that can be other than zero, without batch axis."""
+def used_parts(example: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, view): together all of an example that can be other than zero, in one piece each."""
     part = used(example)
-    sizes = {"r": part.residues, "t": part.templates}
-    sizes |= {"s": max(part.rows), "e": max(part.extra_rows)}
-    return {
-        name: array[tuple(slice(sizes.get(str(dim))) for dim in FEATURES[name].dims)]
-        if array.ndim
-        else array
-        for name, array in example.items()
-    }
+    for name in (*_NUMBERS, _ROWS, _EXTRA_ROWS):
+        yield name, example[name]
+    for names, size in ((_OF_RESIDUES, part.residues), (_OF_TEMPLATES, part.templates)):
+        for name in names:
+            yield name, example[name][:size]
+    for names, sizes in ((_OF_ROWS, part.rows), (_OF_EXTRA_ROWS, part.extra_rows)):
+        for name in names:
+            for slot, size in enumerate(sizes):
+                yield name, example[name][slot, :size]
+
+
+def check_finite(example: Mapping[str, np.ndarray]) -> None:
+    """Raise :class:`FeatureError` for a number that is not finite in an example as it was made."""
+    for name, part in used_parts(example):
+        # a product is much faster than looking at each number; a large one may overflow
+        if part.dtype.kind == "f" and not math.isfinite(np.vdot(part, part)):
+            if not np.isfinite(part).all():
+                raise FeatureError(f"{name}: contains non-finite values")
 
 
 def clear_beyond(example: Batch, before: Used, now: Used) -> None:
@@ -68,12 +81,14 @@ def clear_beyond(example: Batch, before: Used, now: Used) -> None:
         for name in _OF_TEMPLATES:
             example[name][now.templates : before.templates] = 0
     for slot in range(RECYCLE_SLOTS):
-        for names, new, old in (
-            (_OF_ROWS, now.rows[slot], before.rows[slot]),
-            (_OF_EXTRA_ROWS, now.extra_rows[slot], before.extra_rows[slot]),
+        for mask, names, new, old in (
+            (_ROWS, _OF_ROWS, now.rows[slot], before.rows[slot]),
+            (_EXTRA_ROWS, _OF_EXTRA_ROWS, now.extra_rows[slot], before.extra_rows[slot]),
         ):
-            for name in names if new < old else ():
-                example[name][slot, new:old] = 0
+            if new < old:
+                example[mask][slot, new:old] = 0
+                for name in names:
+                    example[name][slot, new:old, : before.residues] = 0
             for name in names if new and now.residues < before.residues else ():
-                if example[name].ndim > 2 and name != _FULL_WIDTH:
+                if name != _FULL_WIDTH:
                     example[name][slot, :new, residues] = 0

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from foldcore.config import DataConfig
-from foldcore.data.canvas import used_parts
+from foldcore.data.canvas import check_finite
 from foldcore.data.dataset import Dataset
 from foldcore.data.sampler import ExampleKey, Plan, example_id
 from foldcore.data.transforms import make_example
 from foldcore.errors import DataError
-from foldcore.features import Batch, dimensions, validate
+from foldcore.features import Batch
 
 MAX_ATTEMPTS = 20  # chains tried for one position before giving up
 
@@ -88,8 +88,7 @@ class Preparer:
         numbers = {"example_id": example_id(key.source, key.epoch, key.index)}
         for name, value in (numbers | {"num_iter_recycling": 0}).items():
             example.setdefault(name, np.zeros((), np.int32))[...] = value
-        whole = {k: v[None] for k, v in example.items()}
-        validate(whole, dimensions(dataset.config), used_parts(example))
+        check_finite(example)  # names, types and shapes are those of what it was written into
         return example
 
 

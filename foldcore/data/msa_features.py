@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Float32, Int, Integer, UInt8, UInt64
 from foldcore.constants import gap_code, mask_code, num_msa_codes
 
 NUM_CLASSES = 23  # one-hot width: 22 codes and the masked token
-_NO_CODE = 31  # its five bits differ from those of every code
-_PAIRS = 1 << 14  # of a centre and an extra row, compared at a time: they fit in a core's cache
+_NO_CODE = np.uint8(31)  # all five bits: differs from every code, and any code becomes it by "or"
+_PAIRS = 1 << 15  # of a centre and an extra row, compared at a time: they fit in a core's cache
 _ALONE = 1 + 1e-6  # members of a cluster that is its centre alone
 # the 49 features of a cell of such a cluster without deletions, for each letter, and of no cell
 _LETTERS, _NOTHING = np.zeros((NUM_CLASSES + 1, 49), np.float32), NUM_CLASSES
@@ -126,45 +126,55 @@ def assign_clusters(
     Columns that do not count differ from every code, so the nearest centre is the one with the
     fewest differences.
     """
-    nearest = np.zeros(len(extra), np.intp)
-    if not len(nearest):
-        return nearest
-    planes = _bit_planes(np.where(centres < gap_code, centres, _NO_CODE))[..., None]
+    planes = _bit_planes(centres | _NO_CODE * (centres >= gap_code))
     extra_planes = _bit_planes(extra)
-    for start in range(0, len(nearest), _PAIRS // len(centres) + 1):
-        block = slice(start, start + _PAIRS // len(centres) + 1)
-        nearest[block] = _differences(planes, extra_planes[..., block]).argmin(0)
-    return nearest
+    differences = np.zeros((len(centres), len(extra)), np.min_scalar_type(64 * planes.shape[1]))
+    count = _PAIRS // max(len(extra), 1) + 1
+    for start in range(0, len(centres), count):
+        block = slice(start, start + count)
+        _add_differences(planes[..., block, None], extra_planes, differences[block])
+    return differences.argmin(0)
 
 
 def _bit_planes(msa: UInt8[np.ndarray, "n r"]) -> UInt64[np.ndarray, "5 w n"]:
     """The five bits of each code apart, 64 columns a word."""
     rows, length = msa.shape
-    padded = np.zeros((rows, -(-length // 64) * 64), np.uint8)
-    padded[:, :length] = msa
-    planes = [np.packbits(padded & (1 << bit)).view(np.uint64) for bit in range(5)]
-    return np.ascontiguousarray(np.stack(planes).reshape(5, rows, -1).transpose(0, 2, 1))
-
-
-def _differences(
-    planes: UInt64[np.ndarray, "5 w s 1"], extra_planes: UInt64[np.ndarray, "5 w e"]
-) -> Integer[np.ndarray, "s e"]:
-    """In how many columns each pair of rows differs, in the smallest type that holds it."""
-    shape, words = (planes.shape[2], extra_planes.shape[2]), planes.shape[1]
-    total = np.zeros(shape, np.min_scalar_type(64 * words))
-    differs, other = np.empty((2, *shape), np.uint64)
+    words = -(-length // 64)
+    padded = np.zeros((words, rows, 64), np.uint8)
     for word in range(words):
+        columns = msa[:, 64 * word : 64 * word + 64]
+        padded[word, :, : columns.shape[1]] = columns
+    planes = np.empty((5, words * rows), np.uint64)
+    for bit in range(5):
+        planes[bit] = np.packbits(padded & (1 << bit)).view(np.uint64)
+    return planes.reshape(5, words, rows)
+
+
+def _add_differences(
+    planes: UInt64[np.ndarray, "5 w s 1"],
+    extra_planes: UInt64[np.ndarray, "5 w e"],
+    total: Integer[np.ndarray, "s e"],
+) -> None:
+    """In how many columns each pair of rows differs."""
+    differs, other = np.empty((2, *total.shape), np.uint64)
+    for word in range(planes.shape[1]):
         np.bitwise_xor(planes[0, word], extra_planes[0, word], out=differs)
         for bit in range(1, 5):
             np.bitwise_xor(planes[bit, word], extra_planes[bit, word], out=other)
             np.bitwise_or(differs, other, out=differs)
         total += np.bitwise_count(differs)
-    return total
 
 
 def deletion_value(deletions: np.ndarray) -> Float[np.ndarray, "..."]:
     """Deletion counts squeezed into 0..1."""
     return np.arctan(deletions / 3.0) * (2 / np.pi)
+
+
+def deletion_values(deletions: Integer[np.ndarray, "n r"]) -> Float32[np.ndarray, "n r"]:
+    """Of a matrix that is zero nearly everywhere."""
+    values, at = np.zeros(deletions.shape, np.float32), _nonzero(deletions)
+    values[at] = deletion_value(deletions[at])
+    return values
 
 
 def write_letters(

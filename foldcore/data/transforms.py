@@ -259,7 +259,7 @@ def _write_extra(
     corner = (slot, slice(len(rows)), slice(extra.shape[1]))
     example["extra_msa"][corner] = extra
     example["extra_has_deletion"][corner] = deletions > 0
-    example["extra_deletion_value"][corner] = msa_features.deletion_value(deletions)
+    example["extra_deletion_value"][corner] = msa_features.deletion_values(deletions)
     example["extra_msa_mask"][corner] = example["extra_msa_row_mask"][corner[:2]] = 1
 
 
