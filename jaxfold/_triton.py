@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +15,7 @@ from jaxfold._triton_cache import Kept
 from jaxfold.ops import UnsupportedOp
 
 _cache: Path | None = None  # where compiled kernels are kept
+_importing = threading.Lock()
 
 
 def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
@@ -21,7 +23,9 @@ def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
     shapes = tuple(jax.ShapeDtypeStruct(o.shape, np.dtype(o.dtype)) for o in launch.outputs)
     # a Python float would arrive in the kernel as float64
     scalars = [np.float32(x) if isinstance(x, float) else x for x in launch.scalars]
-    return _jax_triton().triton_call(
+    with _importing:  # threads may trace at once
+        jax_triton = _jax_triton()
+    return jax_triton.triton_call(
         *inputs,
         *scalars,
         kernel=launch.kernel,
