@@ -1,6 +1,12 @@
 """The stores that training packs for itself: when, where, once, and with the same examples."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +17,10 @@ from small_sets import CHAINS, build, msa, write
 from foldcore.config import Config, DataConfig, TrainConfig
 from foldcore.data import stores
 from foldcore.data.loader import Loader, open_loader
-from foldcore.data.store import MANIFEST, WORK
+from foldcore.data.store import MANIFEST, WORK, Store
 from foldcore.data.stores import find_store
 from foldcore.errors import DataError
+from tests.conftest import ROOT
 
 DATA = DataConfig(
     accept_unknown=True,
@@ -121,3 +128,59 @@ def test_what_goes_wrong_is_one_line(
     monkeypatch.setenv("TWINFOLD_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match="cannot be made or locked: .*; set TWINFOLD_CACHE"):
         find_store(str(raw), ALWAYS, silent)
+
+
+# A training run -----------------------------------------------------------------------------------
+
+
+def start(folder: Path, pack: str) -> subprocess.Popen[str]:
+    """The training program, two steps of the tiny configuration."""
+    command = [sys.executable, "-m", "torchfold.train", "tests/data/tiny.toml"]
+    command += [f"train.out={folder}", f"data.pack={pack}", "train.steps=2", "train.log_every=1"]
+    command += ["train.eval_every=2", "data.workers=1", "data.ordered=true"]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "tiny" / "metrics.jsonl").read_text().splitlines()
+    return [row["loss/total"] for row in map(json.loads, lines) if "loss/total" in row]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of the run on the files as they are."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    process = start(folder, "never")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    return losses(folder)
+
+
+@pytest.mark.parametrize("killed", ["all of its processes", "the run alone"])
+def test_a_run_killed_while_it_packs_continues(
+    unpacked: list[float], tmp_path: Path, cache: Path, killed: str
+) -> None:
+    process = start(tmp_path, "always")
+    deadline = time.monotonic() + 60
+    while not list(cache.glob(f"*/{WORK}/structures/*.arrow")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    if killed == "the run alone":  # what packs holds the lock, and goes on or ends
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        assert not list(cache.glob(f"*/{MANIFEST}"))
+    said, _ = process.communicate()
+    assert "packing 48 alignments" in said and "step 1" not in said
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+    process = start(tmp_path, "always")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    (store,) = (path.parent for path in cache.glob(f"*/{MANIFEST}"))
+    assert f"embedded: training from its packed store {store}" in said
+    assert not (store / WORK).exists()
+    assert len(list(Store(store).verify())) == 5
+    assert losses(tmp_path) == unpacked and len(unpacked) == 2
