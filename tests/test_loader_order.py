@@ -86,12 +86,12 @@ def test_in_order_every_number_of_ranks_divides_the_same_steps() -> None:
 
 def test_the_window_bounds_what_may_overtake() -> None:
     order = Order(1, 0, 1, window=5)
-    assert [order.submit() for _ in range(6)] == [(p, 0) for p in range(5)] + [None]
+    assert [order.submit() for _ in range(6)] == [(p, None) for p in range(5)] + [None]
     distances = [order.take([p]) for p in (1, 2, 3, 4)]
     assert distances == [1, 2, 3, 4] and order.submit() is None
     assert order.state() == {"position": 0, "taken": [[1, 5]]}
     assert order.take([0]) == 0
-    assert [order.submit() for _ in range(6)] == [(p, 0) for p in range(5, 10)] + [None]
+    assert [order.submit() for _ in range(6)] == [(p, None) for p in range(5, 10)] + [None]
 
 
 def test_a_script_is_followed_and_then_the_rest_in_order() -> None:

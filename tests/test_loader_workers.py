@@ -16,6 +16,7 @@ import pytest
 from foldcore.config import DataConfig
 from foldcore.data import pool as pool_module
 from foldcore.data.loader import Loader, LoaderError
+from foldcore.data.order import merge
 from foldcore.data.pool import WorkerError
 from foldcore.data.sampler import example_id
 from foldcore.features import Batch
@@ -291,6 +292,93 @@ def test_a_chain_that_ends_its_process_is_quarantined(
     preparer.behaviour = {}  # what happened is in the ledger: a replay repeats it
     again = take(loader(preparer, workers=0, replay=str(tmp_path)), 24)
     assert [int(b["seq_length"][0]) for b in again] == [int(b["seq_length"][0]) for b in found]
+
+
+def quarantine(folder: Path, steps: int, state_at: int) -> tuple[str, dict[str, Any], list[Batch]]:
+    """A run in which the chain of position 4 is quarantined: its name, a state, all batches."""
+    preparer = Synthetic(chains=8)
+    victim = chain_of(preparer, 4)
+    preparer.behaviour = {victim: "die"}
+    with loader(preparer, workers=1, ordered=True, folder=folder, warn=lambda line: None) as source:
+        found = take(source, state_at)
+        state = json.loads(json.dumps(source.state()))
+        return victim, state, found + take(source, steps - state_at)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("folder", ["same", "another"])
+def test_what_was_quarantined_stays_so_when_a_run_is_resumed(
+    tmp_path: Path, workers: int, folder: str
+) -> None:
+    victim, state, whole = quarantine(tmp_path / "same", 24, 7)
+    assert [entry["chain"] for entry in state["quarantined"]] == [victim]
+    # in another folder there is no file of it, nor a ledger: the state alone
+    resumed = Synthetic(chains=8, behaviour={victim: "die"})
+    options = {"ordered": True, "folder": tmp_path / folder, "warn": pytest.fail}
+    with loader(resumed, workers=workers, **options) as source:
+        source.restore(state)
+        assert ids(take(source, 17)) == ids(whole[7:])
+        assert source.state()["quarantined"] == state["quarantined"]
+        summary = source.incidents.summary()
+    assert "1 chains were quarantined" in summary and f"{victim} (rank 0): its process" in summary
+    again = take(loader(Synthetic(chains=8), workers=0, replay=str(tmp_path / "same")), 24)
+    for name in ("example_id", "seq_length"):
+        assert [int(b[name][0]) for b in again] == [int(b[name][0]) for b in whole]
+
+
+def test_what_was_quarantined_after_the_last_checkpoint_is_known_too(tmp_path: Path) -> None:
+    """Killed before its first one, in fact; a line of the file was being written."""
+    victim, _, whole = quarantine(tmp_path, 6, 0)
+    with (tmp_path / "quarantine.jsonl").open("a") as file:
+        file.write('{"chain": "c')
+    fresh = Synthetic(chains=8, behaviour={victim: "die"})
+    with loader(fresh, workers=1, ordered=True, folder=tmp_path, warn=pytest.fail) as source:
+        found = take(source, 24)
+        assert ids(found[:6]) == ids(whole)
+        assert victim in source.incidents.summary()
+    other = Synthetic(chains=8, seed=9)  # a plan of its own
+    with loader(other, workers=0, folder=tmp_path) as source:
+        next(source)
+        assert source.state()["quarantined"] == [] and victim not in source.incidents.summary()
+
+
+def test_an_example_from_before_its_chain_was_quarantined_is_prepared_again(tmp_path: Path) -> None:
+    preparer = Synthetic(chains=8)
+    victim = chain_of(preparer, 4)
+    with loader(preparer, workers=1, ordered=True, folder=tmp_path) as source:
+        start = source.state()
+        whole = take(source, 7)
+    preparer.behaviour = {victim: "die"}  # its data have changed for the worse, and back
+    with loader(
+        preparer, workers=1, ordered=True, folder=tmp_path, warn=lambda line: None
+    ) as source:
+        source.restore({**start, "step": 7, "position": 7})
+        take(source, 9)
+    with loader(
+        Synthetic(chains=8), workers=1, ordered=True, folder=tmp_path, warn=pytest.fail
+    ) as source:
+        source.restore(start)
+        found = take(source, 24)
+    assert [int(b["seq_length"][0]) for b in found[:7]] == [int(b["seq_length"][0]) for b in whole]
+    assert int(victim[1:]) not in [int(b["seq_length"][0]) for b in found[7:]]
+
+
+def test_the_quarantine_of_all_ranks_is_in_the_merged_state() -> None:
+    entries = [{"source": 0, "chain": name, "rank": 0, "position": 1, "cause": ""} for name in "ab"]
+    parts = []
+    for rank in range(2):
+        source = loader(Synthetic(), workers=0, batch_size=1, rank=rank, world=2)
+        next(source)
+        source.incidents.restore(entries[: rank + 1])
+        parts.append(source.state())
+    assert merge(parts)["quarantined"] == merge(parts[::-1])["quarantined"] == entries
+
+
+def test_where_every_chain_ends_its_process_the_run_ends() -> None:
+    preparer = Synthetic(chains=3, behaviour={f"c{i}": "die" for i in range(3)})
+    with loader(preparer, workers=1, warn=lambda line: None) as source:
+        with pytest.raises(LoaderError, match="20 chains in a row could not be prepared"):
+            take(source, 2)
 
 
 def test_an_unexpected_error_is_told_with_its_traceback() -> None:

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,21 @@ class Prepared:
     failures: list[Failure] = field(default_factory=list)
     notes: list[dict[str, dict[str, int]]] = field(default_factory=list)  # of each source
     seconds: float = 0.0
+
+
+def first_attempt(
+    plan: Plan, position: int, quarantined: Collection[tuple[int, str]], attempt: int = 0
+) -> int:
+    """The first attempt from this one on whose chain (source, id) is not in quarantine.
+
+    ``MAX_ATTEMPTS`` where there is none: then the position cannot be prepared.
+    """
+    while attempt < MAX_ATTEMPTS and quarantined:
+        key = plan.replacement(position, attempt)
+        if (key.source, key.chain_id) not in quarantined:
+            break
+        attempt += 1
+    return attempt
 
 
 class Preparer:

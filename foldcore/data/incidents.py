@@ -4,9 +4,9 @@ import heapq
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foldcore.data.dataset import Dataset
 from foldcore.data.examples import Prepared
@@ -16,6 +16,7 @@ from foldcore.data.sampler import Plan
 if TYPE_CHECKING:
     from foldcore.data.source import Taken
 
+Chain = tuple[int, str]  # source, id
 SLOWEST = 3  # examples that are named at the end
 
 
@@ -32,11 +33,28 @@ class Incidents:
     ) -> None:
         self._datasets, self._plan, self._rank, self._warn = datasets, plan, rank, warn
         self._path = folder / "quarantine.jsonl" if folder else None
-        self._quarantined: list[dict[str, object]] = []
+        self._quarantined: dict[Chain, dict[str, Any]] = {}
         self._slowest: list[tuple[float, str]] = []
         self._seconds: list[tuple[float, int]] = []  # of examples since the last metrics, position
         self._depths: list[int] = []
         self._distance = 0
+
+    def quarantined(self) -> frozenset[Chain]:
+        """What is not to be tried again: in this run, before it was resumed, and on any rank."""
+        if self._path and self._path.exists():
+            entries = _read(self._path)
+            self.restore([e for e in entries if e.get("plan") == self._plan.fingerprint()])
+        return frozenset(self._quarantined)
+
+    def state(self) -> list[dict[str, Any]]:
+        """What this rank knows to be quarantined, for its state; without the tracebacks."""
+        names = ("source", "chain", "rank", "position", "cause")
+        return [{name: entry[name] for name in names} for entry in self._quarantined.values()]
+
+    def restore(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Take in what was quarantined before."""
+        for entry in entries:
+            self._quarantined.setdefault((int(entry["source"]), str(entry["chain"])), entry)
 
     def note(self, prepared: Prepared, casualties: Sequence[Casualty]) -> None:
         """Take in what the preparation of an example, and processes that died, have to say."""
@@ -84,10 +102,8 @@ class Incidents:
         if self._slowest:
             named = ", ".join(f"{c} {s:.2f} s" for s, c in sorted(self._slowest, reverse=True))
             lines.append(f"slowest examples to prepare: {named}")
-        found = self._quarantined
-        if self._path and self._path.exists():
-            found = [json.loads(line) for line in self._path.read_text().splitlines()]
-        if found:
+        if self.quarantined():
+            found = self._quarantined.values()
             lines.append(f"{len(found)} chains were quarantined: they ended their loader process")
             lines += [f"  {q['chain']} (rank {q['rank']}): {q['cause']}" for q in found]
         return "\n".join(lines)
@@ -99,16 +115,29 @@ class Incidents:
         if not casualty.quarantined:
             return
         self._datasets[casualty.source].report.fail(casualty.chain_id, casualty.cause)
-        entry: dict[str, object] = {
+        entry = {
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "plan": self._plan.fingerprint(),
             "rank": self._rank,
             "position": casualty.position,
+            "source": casualty.source,
             "chain": casualty.chain_id,
             "cause": casualty.cause,
             "trace": casualty.trace,
         }
-        self._quarantined.append(entry)
+        self.restore([entry])
         if self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:  # one write: ranks share it
-                file.write(json.dumps(entry) + "\n")
+            with self._path.open("ab", buffering=0) as file:  # one write: ranks share it
+                file.write(json.dumps(entry).encode() + b"\n")
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, but for one that was cut short by a kill."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield entry

@@ -117,7 +117,8 @@ class Loader(Iterator[Batch]):
 
     def state(self) -> dict[str, Any]:
         """What this rank has taken, as JSON; of several ranks, ``order.merge`` makes one state."""
-        return {"step": self._step, "plan": self.plan.fingerprint(), **self._order.state()}
+        state = {"step": self._step, "plan": self.plan.fingerprint(), **self._order.state()}
+        return state | {"quarantined": self.incidents.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue at a saved state of the same plan; batch size and ranks may be others."""
@@ -133,6 +134,7 @@ class Loader(Iterator[Batch]):
         self._step, self._base = int(state["step"]), int(state["position"])
         self._order.follow(None)
         self._order.restore(self._base, state.get("taken", ()))
+        self.incidents.restore(state.get("quarantined", ()))
 
     def rebuild(self, step: int) -> Batch:
         """This rank's batch of an earlier step again, from the ledger and the seed."""
@@ -173,13 +175,14 @@ class Loader(Iterator[Batch]):
         return self._source, self._ledger
 
     def _open_source(self) -> Source:
+        quarantined = self.incidents.quarantined()
         if self._config.workers == 0:
-            return InProcess(self._preparer, self._order.batch_size)
+            return InProcess(self._preparer, self._order.batch_size, quarantined)
         number, count = self._share
         place = meeting_place(f"{self._folder} {self._order.rank}")
         if number > 0:
             return Borrower(place, self._step)
-        workers = Workers(self._preparer, self._config, self._order.batch_size)
+        workers = Workers(self._preparer, self._config, self._order.batch_size, quarantined)
         return Lender(workers, place, count - 1, self._step) if count > 1 else workers
 
     def _open_ledger(self) -> Ledger:

@@ -62,8 +62,8 @@ class Order:
         self._cursor = self._first
         self._row = self.script.row * self.batch_size if self.script else 0
 
-    def submit(self) -> tuple[int, int] | None:
-        """(position, attempt) to prepare next; None while the window is full."""
+    def submit(self) -> tuple[int, int | None] | None:
+        """(position, prescribed attempt or None) to prepare next; None while the window is full."""
         script = self.script
         if script is not None and self._row < script.positions.size:
             self._row += 1
@@ -76,7 +76,7 @@ class Order:
             self._cursor += 1
             position = self._position(self._cursor - 1)
             if self._cursor - 1 not in self._early and position not in prescribed:
-                return position, 0
+                return position, None
         return None
 
     def _outstanding(self) -> int:
@@ -136,6 +136,8 @@ class Order:
 def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The state of a run from the states of all its ranks, which have taken equally many steps."""
     common = {k: v for k, v in parts[0].items() if k not in ("rank", "world", "batch_size")}
+    found = {(q["source"], q["chain"]): q for part in parts for q in part.get("quarantined", ())}
+    common["quarantined"] = [found[chain] for chain in sorted(found)]
     by_rank = {part.get("rank", 0): part for part in parts}
     world, size = parts[0].get("world", 1), parts[0].get("batch_size", 1)
     if sorted(by_rank) != list(range(world)) or len({part["step"] for part in parts}) > 1:

@@ -9,11 +9,12 @@ import math
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from typing import Any
 
-from foldcore.data.examples import MAX_ATTEMPTS, Prepared
+from foldcore.data.examples import MAX_ATTEMPTS, Prepared, first_attempt
 from foldcore.data.slots import Slots
 from foldcore.data.worker import Task, Worker, setup_message
 
@@ -43,7 +44,14 @@ class Casualty:
 class WorkerPool:
     """Processes that prepare positions in any order; results wait here until they are taken."""
 
-    def __init__(self, preparer: Any, workers: int, slots: Slots, timeout: float) -> None:
+    def __init__(
+        self,
+        preparer: Any,
+        workers: int,
+        slots: Slots,
+        timeout: float,
+        quarantined: Collection[tuple[int, str]] = (),
+    ) -> None:
         self.casualties: deque[Casualty] = deque()  # for the one who takes, who empties it
         self.slots = slots
         self._preparer, self._timeout = preparer, timeout
@@ -52,7 +60,7 @@ class WorkerPool:
         self._pending: deque[Task] = deque()
         self._ready: dict[int, tuple[Prepared, int]] = {}
         self._deaths: Counter[tuple[int, str]] = Counter()  # by chain
-        self._quarantined: set[tuple[int, str]] = set()
+        self._quarantined = set(quarantined)  # by chain, those of before a resume included
         self._failed_starts = self._deaths_in_a_row = 0
         self._error: Exception | None = None
         self._changed = threading.Condition()
@@ -61,11 +69,14 @@ class WorkerPool:
         self._receiver = threading.Thread(target=self._receive, daemon=True)
         self._receiver.start()
 
-    def submit(self, position: int, attempt: int) -> None:
-        """Have a position prepared, from this attempt on, without the chains in quarantine."""
+    def submit(self, position: int, attempt: int | None) -> None:
+        """Have a position prepared, from this attempt on: what is prescribed was possible before.
+
+        Where none is given it is the first one whose chain is not in quarantine.
+        """
         with self._changed:
-            while self._quarantined and self._chain(position, attempt) in self._quarantined:
-                attempt += 1
+            if attempt is None:
+                attempt = first_attempt(self._preparer.plan, position, self._quarantined)
             self._pending.append(Task(position, attempt))
             self._hand_out()
 
@@ -197,18 +208,16 @@ class WorkerPool:
 
     def _blame(self, task: Task, cause: str, trace: str) -> Task:
         """The task that a process died of, to be tried again, or without the chain at fault."""
-        attempt = self.slots.begun(task.slot)
-        chain = self._chain(task.position, attempt)
+        attempt, plan = self.slots.begun(task.slot), self._preparer.plan
+        key = plan.replacement(task.position, attempt)
+        chain = key.source, key.chain_id
         self._deaths[chain] += 1
         quarantined = self._deaths[chain] >= MAX_DEATHS
         if quarantined:
             self._quarantined.add(chain)
+            attempt = first_attempt(plan, task.position, self._quarantined, attempt + 1)
         self.casualties.append(Casualty(task.position, *chain, cause, trace, quarantined))
-        return Task(task.position, attempt + 1 if quarantined else attempt, task.slot)
-
-    def _chain(self, position: int, attempt: int) -> tuple[int, str]:
-        key = self._preparer.plan.replacement(position, attempt)
-        return key.source, key.chain_id
+        return Task(task.position, attempt, task.slot)
 
     def _renew(self, worker: Worker) -> None:
         """A fresh process in the place of a worker."""

@@ -64,7 +64,7 @@ class Lender:
     def has_room(self) -> bool:
         return self._source.has_room()
 
-    def submit(self, position: int, attempt: int) -> None:
+    def submit(self, position: int, attempt: int | None) -> None:
         self._source.submit(position, attempt)
 
     def take(self, wanted: int, patience: float) -> Taken:
@@ -158,7 +158,7 @@ class Borrower:
     def has_room(self) -> bool:
         return False
 
-    def submit(self, position: int, attempt: int) -> None:
+    def submit(self, position: int, attempt: int | None) -> None:
         raise ShareError("another process prepares these examples")
 
     def take(self, wanted: int, patience: float) -> Taken:

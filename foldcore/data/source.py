@@ -1,11 +1,11 @@
 """Where a loader's examples come from: this process, processes of its own, or a neighbour's."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from foldcore.config import DataConfig
-from foldcore.data.examples import Prepared
+from foldcore.data.examples import Prepared, first_attempt
 from foldcore.data.pool import Casualty, WorkerPool
 from foldcore.data.slots import Slots
 from foldcore.features import Batch, dimensions
@@ -28,8 +28,8 @@ class Source(Protocol):
     def has_room(self) -> bool:
         """Whether one more position may be submitted."""
 
-    def submit(self, position: int, attempt: int) -> None:
-        """Have a position prepared, from this attempt on."""
+    def submit(self, position: int, attempt: int | None) -> None:
+        """Have a position prepared, by this attempt or the first that is not in quarantine."""
 
     def take(self, wanted: int, patience: float) -> Taken:
         """The wanted position, or the lowest that is ready when patience (seconds) has run out."""
@@ -56,14 +56,18 @@ class Source(Protocol):
 class InProcess:
     """Prepares each example when it is asked for: always in order."""
 
-    def __init__(self, preparer: Any, batch_size: int) -> None:
-        self._preparer, self._room = preparer, batch_size
+    def __init__(
+        self, preparer: Any, batch_size: int, quarantined: Collection[tuple[int, str]]
+    ) -> None:
+        self._preparer, self._room, self._quarantined = preparer, batch_size, quarantined
         self._submitted: dict[int, int] = {}  # position -> attempt
 
     def has_room(self) -> bool:
         return len(self._submitted) < self._room
 
-    def submit(self, position: int, attempt: int) -> None:
+    def submit(self, position: int, attempt: int | None) -> None:
+        if attempt is None:
+            attempt = first_attempt(self._preparer.plan, position, self._quarantined)
         self._submitted[position] = attempt
 
     def take(self, wanted: int, patience: float) -> Taken:
@@ -95,17 +99,24 @@ class Workers:
     Of large batches it is fewer: no more than 64 examples, or two batches.
     """
 
-    def __init__(self, preparer: Any, config: DataConfig, batch_size: int) -> None:
+    def __init__(
+        self,
+        preparer: Any,
+        config: DataConfig,
+        batch_size: int,
+        quarantined: Collection[tuple[int, str]],
+    ) -> None:
         ahead = min(config.prefetch * batch_size, max(MAX_AHEAD, 2 * batch_size))
         count = ahead + config.workers
         slots = Slots.create(dimensions(preparer.config), count)
-        self.pool = WorkerPool(preparer, config.workers, slots, config.example_timeout)
+        limits = config.workers, slots, config.example_timeout
+        self.pool = WorkerPool(preparer, *limits, quarantined)
         self._room = count
 
     def has_room(self) -> bool:
         return self._room > 0
 
-    def submit(self, position: int, attempt: int) -> None:
+    def submit(self, position: int, attempt: int | None) -> None:
         self._room -= 1
         self.pool.submit(position, attempt)
 
