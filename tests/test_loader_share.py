@@ -1,8 +1,14 @@
 """Processes that share their examples: each prepared once, the same batches and states in all."""
 
+import hashlib
 import itertools
+import json
+import multiprocessing
+import os
 import threading
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +16,7 @@ import pytest
 from foldcore.config import DataConfig
 from foldcore.data import share
 from foldcore.data.loader import Loader
+from foldcore.data.sampler import ExampleKey
 from foldcore.data.share import ShareError
 from foldcore.features import Batch
 from tests.synthetic_examples import Synthetic
@@ -103,3 +110,75 @@ def test_the_meeting_place_is_the_users_own(tmp_path: Path, monkeypatch) -> None
     place.parent.chmod(0o755)
     with pytest.raises(ShareError, match="not a folder of this user alone"):
         share.meeting_place("a")
+
+
+# Processes ----------------------------------------------------------------------------------------
+
+
+class Counted(Synthetic):
+    """Notes each preparation, and by which process, in a file; a few take longer."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(slow={f"c{i}": 0.03 for i in range(0, 40, 9)})
+        self.path = path
+
+    def example(self, key: ExampleKey, out: Batch | None = None) -> Batch:
+        with self.path.open("ab", buffering=0) as file:
+            file.write(f"{key.epoch} {key.index} {os.getpid()}\n".encode())
+        return super().example(key, out)
+
+
+def digest(batch: Batch) -> str:
+    parts = [name.encode() + np.ascontiguousarray(batch[name]).tobytes() for name in sorted(batch)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def work(folder: Path, place: tuple[int, int], state: Any, steps: int, at_end: str) -> None:
+    """What each process of a host does: it writes down the batches it gets, and its states."""
+    preparer = Counted(folder / "prepared.txt")
+    source = Loader(preparer, CONFIG, batch_size=2, folder=folder, share=place)
+    if state is not None:
+        source.restore(state)
+    with (folder / f"process_{place[0]}.jsonl").open("a", buffering=1) as lines:
+        for batch in itertools.islice(source, steps):
+            row = {"batch": digest(batch), "state": source.state(), "pid": os.getpid()}
+            lines.write(json.dumps(row) + "\n")
+    if at_end == "killed":
+        os.kill(os.getpid(), 9)
+    source.close()
+
+
+def host(folder: Path, state: Any, steps: int, at_end: str = "") -> list[list[dict[str, Any]]]:
+    """Three processes, each a fresh interpreter, of one replica; what each has written."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=work, args=(folder, (number, 3), state, steps, at_end))
+        for number in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == (-9 if at_end == "killed" else 0)
+    texts = [(folder / f"process_{number}.jsonl").read_text() for number in range(3)]
+    return [[json.loads(line) for line in text.splitlines()] for text in texts]
+
+
+def test_processes_of_a_host_get_the_same_prepared_once(tmp_path: Path) -> None:
+    """They are killed together, and start again from a state of before."""
+    first, *others = host(tmp_path, None, 12, "killed")
+    prepared = [line.split() for line in (tmp_path / "prepared.txt").read_text().splitlines()]
+    times = Counter((epoch, index) for epoch, index, _ in prepared)
+    assert set(times.values()) == {1} and len(times) >= 24
+    pids = {rows[0]["pid"] for rows in (first, *others)}
+    assert len(pids) == 3 and not pids & {int(pid) for _, _, pid in prepared}
+    again = host(tmp_path, first[6]["state"], 10)
+    for rows in (first, *others):
+        assert [(r["batch"], r["state"]) for r in rows] == [(r["batch"], r["state"]) for r in first]
+    for rows in again:
+        taken = [(r["batch"], r["state"]) for r in rows[12:]]
+        assert len(taken) == 10
+        assert taken[:5] == [(r["batch"], r["state"]) for r in first[7:]]  # as the ledger says
+        assert taken == [(r["batch"], r["state"]) for r in again[0][12:]]
+    assert len({r["batch"] for r in again[0]}) == 17  # none but those five comes twice
+    assert len(list((tmp_path / "ledger").iterdir())) == 1
