@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,31 @@ def test_one_that_leaves_does_not_stop_the_first(tmp_path: Path) -> None:
     first.close()
 
 
+def test_a_slow_one_is_waited_for(tmp_path: Path) -> None:
+    """The first runs ahead until all memory is lent, and goes on when the other has read."""
+    first, second = loader(tmp_path, 0, 2, 0.0), loader(tmp_path, 1, 2)
+    read: list[tuple[Batch, object]] = []
+
+    def slowly() -> None:
+        for _ in range(12):
+            time.sleep(0.05)
+            run(second, 1, read)
+
+    found: list[tuple[Batch, object]] = []
+    threads = [
+        threading.Thread(target=slowly, daemon=True),
+        threading.Thread(target=run, args=(first, 12, found), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert_equal([found, read], 12)
+    for source in (first, second):
+        source.close()
+
+
 def test_the_others_notice_when_the_first_is_gone(tmp_path: Path) -> None:
     first, second = loader(tmp_path, 0, 2), loader(tmp_path, 1, 2)
     run_all([first, second], 3)
@@ -157,9 +183,13 @@ def host(folder: Path, state: Any, steps: int, at_end: str = "") -> list[list[di
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == (-9 if at_end == "killed" else 0)
+    try:
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == (-9 if at_end == "killed" else 0)
+    finally:
+        for process in processes:
+            process.kill()
     texts = [(folder / f"process_{number}.jsonl").read_text() for number in range(3)]
     return [[json.loads(line) for line in text.splitlines()] for text in texts]
 

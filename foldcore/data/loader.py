@@ -91,6 +91,8 @@ class Loader(Iterator[Batch]):
         start = time.monotonic()
         try:
             source, ledger = self._start()
+            while self._order.outstanding() < self._order.batch_size and source.make_room():
+                self._submit_ahead(source)
             taken: list[Taken] = []
             while len(taken) < self._order.batch_size:
                 taken.append(self._take(source, taken))

@@ -72,15 +72,20 @@ class Order:
             )
         prescribed = set(script.everyone[script.row :].flat) if script is not None else ()
         self._cursor = max(self._cursor, self._first)
-        while self._cursor < self._first + self.window or self._outstanding() < self.batch_size:
+        while self._cursor < self._first + self.window or self._ahead() < self.batch_size:
             self._cursor += 1
             position = self._position(self._cursor - 1)
             if self._cursor - 1 not in self._early and position not in prescribed:
                 return position, None
         return None
 
-    def _outstanding(self) -> int:
-        """Positions submitted and not taken; the next batch needs that many at least."""
+    def outstanding(self) -> int:
+        """Positions submitted and not taken; the next batch needs ``batch_size`` of them."""
+        prescribed = self._row - self.script.row * self.batch_size if self.script else 0
+        return max(prescribed, 0) + max(self._ahead(), 0)
+
+    def _ahead(self) -> int:
+        """The same where nothing is prescribed."""
         early = sum(index < self._cursor for index in self._early)
         return self._cursor - self._first - early
 

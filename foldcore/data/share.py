@@ -64,6 +64,10 @@ class Lender:
     def has_room(self) -> bool:
         return self._source.has_room()
 
+    def make_room(self) -> bool:
+        """Wait for the slowest of the others, where all memory is lent to it, or for its end."""
+        return self._source.make_room()
+
     def submit(self, position: int, attempt: int | None) -> None:
         self._source.submit(position, attempt)
 
@@ -156,6 +160,9 @@ class Borrower:
         self._batch: deque[Taken] = deque()
 
     def has_room(self) -> bool:
+        return False
+
+    def make_room(self) -> bool:
         return False
 
     def submit(self, position: int, attempt: int | None) -> None:

@@ -1,5 +1,6 @@
 """Where a loader's examples come from: this process, processes of its own, or a neighbour's."""
 
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,9 @@ class Source(Protocol):
 
     def has_room(self) -> bool:
         """Whether one more position may be submitted."""
+
+    def make_room(self) -> bool:
+        """Wait until there is room; false where another process submits."""
 
     def submit(self, position: int, attempt: int | None) -> None:
         """Have a position prepared, by this attempt or the first that is not in quarantine."""
@@ -64,6 +68,9 @@ class InProcess:
 
     def has_room(self) -> bool:
         return len(self._submitted) < self._room
+
+    def make_room(self) -> bool:
+        return True
 
     def submit(self, position: int, attempt: int | None) -> None:
         if attempt is None:
@@ -112,12 +119,18 @@ class Workers:
         limits = config.workers, slots, config.example_timeout
         self.pool = WorkerPool(preparer, *limits, quarantined)
         self._room = count
+        self._changed = threading.Condition()  # processes that share examples release from threads
 
     def has_room(self) -> bool:
         return self._room > 0
 
+    def make_room(self) -> bool:
+        with self._changed:
+            return self._changed.wait_for(self.has_room)
+
     def submit(self, position: int, attempt: int | None) -> None:
-        self._room -= 1
+        with self._changed:
+            self._room -= 1
         self.pool.submit(position, attempt)
 
     def take(self, wanted: int, patience: float) -> Taken:
@@ -132,8 +145,10 @@ class Workers:
         pass
 
     def release(self, slot: int) -> None:
-        self._room += 1
         self.pool.release(slot)
+        with self._changed:
+            self._room += 1
+            self._changed.notify_all()
 
     def depth(self) -> int:
         return self.pool.depth()
