@@ -30,8 +30,8 @@ class Setting:
 class Case:
     """One rung of the ladder; both tracks get the same weights and inputs.
 
-    ``make`` gives the parameters, and inputs for each variant of the case: all variants run in one
-    compiled program. ``mutate`` breaks one thing, to see whether the case can fail.
+    ``make`` gives the parameters, and inputs for each of the ``variants``: all run in one compiled
+    program. ``mutate`` breaks one thing, to see whether the case can fail.
     """
 
     name: str
@@ -46,6 +46,15 @@ class Case:
     perturbed_runs: int = 4  # in each track, to measure noise
     perturbed_inputs: tuple[str, ...] = ()  # moved to measure noise, beside the parameters
     narrow_inputs: tuple[str, ...] = ()  # in the precision of the trunk
+    variants: tuple[str, ...] = ("",)
+
+    def names(self) -> list[str]:
+        """Of its variants, as the report has them."""
+        return [self.name_of(variant) for variant in self.variants]
+
+    def name_of(self, variant: str) -> str:
+        """What the report calls it."""
+        return f"{self.name}: {variant}" if variant else self.name
 
 
 def rounded(array: np.ndarray) -> np.ndarray:

@@ -1,12 +1,11 @@
-"""Runs a case in one precision and judges it: the errors, their yardstick, and a broken variant."""
+"""Judges what the tracks found: the errors of every array, and their yardstick."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from parity.case import Case, Setting
 from parity.noise import (
     FLOAT64,
     FLOORS,
@@ -14,7 +13,6 @@ from parity.noise import (
     count_of_differences,
     noise_floor,
     norm_of_difference,
-    perturbed,
     spread,
 )
 from parity.tracks import Arrays
@@ -87,51 +85,6 @@ class Verdict:
         }
 
 
-def examine(case: Case, setting: Setting, with_oracle: bool) -> Iterator[Verdict]:
-    """Judge every variant of a case."""
-    parameters, variants = case.make()
-    runs = {"jax": case.jax(setting), "torch": case.torch(setting)}
-    exact = None
-    if setting.dtype != "float64":
-        # the float64 results of the tracks agree to 1e-9, which is a case of its own
-        exact = case.torch(Setting("float64", setting.device))
-    elif with_oracle and case.oracle:
-        exact = case.oracle()
-    moved: list[tuple[Arrays, Arrays]] = []
-    if setting.dtype != "float64":
-        moved = perturbed(case, setting, parameters, next(iter(variants.values())))
-    for variant, inputs in variants.items():
-        found = {track: run(parameters, inputs) for track, run in runs.items()}
-        scale = Scale(found, exact(parameters, inputs) if exact else None, setting.dtype)
-        if moved and exact:
-            near = [(own, {**inputs, **changed}) for own, changed in moved]
-            scale.measure([[run(*each) for each in near] for run in (*runs.values(), exact)])
-        verdict = Verdict(
-            f"{case.name}: {variant}" if variant else case.name,
-            case.level,
-            setting.dtype,
-            scale.rows(found),
-            oracle=exact is not None and setting.dtype == "float64",
-        )
-        broken = case.mutate(parameters, inputs)
-        look_at_mutation(verdict, scale, found, {t: run(*broken) for t, run in runs.items()})
-        yield verdict
-
-
-def look_at_mutation(
-    verdict: Verdict, scale: "Scale", found: dict[str, Arrays], broken: dict[str, Arrays]
-) -> None:
-    """Put each track's broken variant in its place: the same comparison must fail."""
-    noticed = set()
-    for track in TRACKS:
-        rows = scale.rows({**found, track: broken[track]})
-        failed = {row.name for row in rows if row.ratio > row.limit}
-        if not failed:
-            verdict.unnoticed.append(track)
-        noticed |= failed
-    verdict.blind = sorted(row.name for row in verdict.rows if row.name not in noticed)
-
-
 class Scale:
     """What the arrays of a case are compared with."""
 
@@ -145,6 +98,7 @@ class Scale:
         gradients = [x for n, x in self.reference.items() if n.startswith("gradient")]
         self.largest = max((self.size_of(x) for x in gradients), default=0.0)
         self.spreads: list[Arrays] = []
+        self.sums: Arrays = {}  # more floors, of single numbers, relative to their size
 
     @staticmethod
     def _largest(array: np.ndarray) -> float:
@@ -154,11 +108,15 @@ class Scale:
     def _length(array: np.ndarray) -> float:
         return float(np.linalg.norm(np.asarray(array, np.float64)))
 
-    def measure(self, runs: list[list[Arrays]]) -> None:
-        """Take the spread of perturbed runs as noise: of each track, then of those in float64."""
-        for each in runs:
-            far, flips = spread(each, norm_of_difference), spread(each, count_of_differences)
-            self.spreads.append({n: flips[n] if is_step(n) else far[n] for n in far})
+    def measure(self, runs: list[Arrays]) -> None:
+        """Take the spread of perturbed runs as noise: of each track in turn, then in float64."""
+
+        def apart(kind: bool, distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:
+            return spread(
+                [{n: x for n, x in r.items() if is_step(n) == kind} for r in runs], distance
+            )
+
+        self.spreads.append(apart(False, norm_of_difference) | apart(True, count_of_differences))
 
     def rows(self, found: dict[str, Arrays]) -> list[Row]:
         """The verdict on every array."""
@@ -185,6 +143,7 @@ class Scale:
             ratio = max(e for e in (*errors, difference) if e is not None) / yardstick
         else:
             floor = noise_floor(self.spreads, name, jax.size) / size
+            floor = max(floor, float(self.sums.get(name, 0.0)))
             rounding = ROUNDING[self.dtype if zero else str(found["torch"][name].dtype)]
             if (before := found["torch"].get(f"{ROUNDED}{name}")) is not None:
                 rounding *= self._length(before) / size
@@ -209,6 +168,11 @@ class Scale:
             return Row(name, counts[0], counts[1], difference, most, 0.5, flips=int(most))
         usual = max(1.0, *(float(each[name]) for each in self.spreads))
         return Row(name, counts[0], counts[1], difference, most / usual, FLOORS, flips=int(most))
+
+
+def is_number(name: str, array: np.ndarray) -> bool:
+    """Whether it is a number by itself: a loss term or a norm, which is the sum of many."""
+    return name.startswith("output") and np.ndim(array) == 0
 
 
 def is_step(name: str) -> bool:

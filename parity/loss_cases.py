@@ -162,7 +162,11 @@ def torch_run(setting: Setting) -> Run:
 
 def table(terms: Named, renamed: Any, gradients: Mapping[str, Named]) -> Arrays:
     """By name: values of terms, and the gradients that are not zero everywhere."""
-    found = {f"output {name}": to_numpy(value) for name, value in terms.items()}
+    found = {
+        f"output {name} of example {i}": x
+        for name, value in terms.items()
+        for i, x in enumerate(to_numpy(value))
+    }
     found["steps symmetric atoms renamed"] = to_numpy(renamed)
     for term, by_input in gradients.items():
         for name, gradient in by_input.items():

@@ -4,6 +4,7 @@ The gradient is that of one number, the sum of all outputs with random weights, 
 and every input named in ``derive``. The weights are zero at padding, where values are arbitrary.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from flax import nnx
 
 import jaxfold.params
 import torchfold.params
+from foldcore.deepmind import canonical_name
 from parity.case import Run, Setting, draw
 from parity.tracks import JAX, TORCH, TRUNK, Arrays, Named, Track, cast, flatten, to_numpy, using
 
@@ -102,12 +104,13 @@ def keep_real(module: Module, found: Arrays, inputs: Arrays) -> Arrays:
 def jax_run(module: Module, setting: Setting) -> Run:
     """The modules in the JAX track, compiled by the first call."""
     graph, state = nnx.split(abstract(JAX, module))
-    programs: dict[str, Any] = {}
+    programs: list[Any] = []
 
-    def function(parameters: Named, derived: Named, rest: Named, weights: Named) -> Any:
+    def function(real: Any, parameters: Named, derived: Named, rest: Named) -> Any:
         modules = nnx.merge(graph, state)
         _load_in_jax(modules, parameters)
         outputs = flatten(module.call(JAX, modules, {**derived, **rest}))
+        weights = {n: weights_of(n, o, real(n)) for n, o in outputs.items() if is_float(o)}
         total = sum(jnp.sum(outputs[n].astype(setting.wide) * w) for n, w in weights.items())
         return total, outputs
 
@@ -116,27 +119,28 @@ def jax_run(module: Module, setting: Setting) -> Run:
         own, x = (cast(JAX, dtypes, arrays, "") for arrays in (parameters, inputs))
         derived = {name: x.pop(name) for name in module.derive}
         if not programs:
-            _, shapes = jax.eval_shape(function, own, derived, x, {})
-            programs["weights"] = {
-                n: weights_of(n, s, module.real(n, inputs))
-                for n, s in shapes.items()
-                if is_float(s)
-            }
-            gradient = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
-            programs["run"] = jax.jit(gradient)
-        (_, outputs), by = programs["run"](own, derived, x, programs["weights"])
+            # the padding of the first inputs stays in the program
+            here = functools.partial(function, lambda name: module.real(name, inputs))
+            programs.append(jax.jit(jax.value_and_grad(here, argnums=(0, 1), has_aux=True)))
+        (_, outputs), by = programs[0](own, derived, x)
         return keep_real(module, _named(outputs, *by), inputs)
 
     return using(JAX, setting.implementation, run)
 
 
 def _load_in_jax(modules: Named, parameters: Named) -> None:
-    for key, one in modules.items():
-        shapes = jaxfold.params.parameters(one)
-        given = {name: parameters.get(full_name(key, name)) for name in shapes}
-        # what a case does not use has no values
-        full = {n: jnp.zeros(shapes[n].shape) if v is None else v for n, v in given.items()}
-        jaxfold.params.load_parameters(one, full)
+    """Give modules their values; what a case does not use gets none."""
+    graph, state = nnx.split(modules)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    values = [parameters.get(_name_at(path), value) for path, value in leaves]
+    full: Any = nnx.merge(graph, jax.tree.unflatten(structure, values))
+    modules.update(full)
+
+
+def _name_at(path: Any) -> str:
+    """The name of the parameter at a path in the state of modules, which ends in its value."""
+    module, *rest = (str(key.key) for key in path[:-1])
+    return full_name(module, canonical_name(rest))
 
 
 def _named(outputs: Named, by_parameter: Named, by_input: Named) -> Arrays:

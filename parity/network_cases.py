@@ -29,7 +29,12 @@ IN_STRUCTURE = ("backbone_fape", "sidechain_fape", "chi", "angle_norm", "violati
 
 def make(passes: Sequence[int]) -> tuple[Arrays, dict[str, Arrays]]:
     """One example with these numbers of recycling passes."""
-    return make_parameters(), {f"{n} recycling passes": example.make_batch(0, n) for n in passes}
+    return make_parameters(), {variant(n): example.make_batch(0, n) for n in passes}
+
+
+def variant(passes: int) -> str:
+    """What the report says of a number of recycling passes."""
+    return f"{passes} recycling passes"
 
 
 def _config(setting: Setting) -> Any:
@@ -155,5 +160,6 @@ def cases(passes: Sequence[int] = PASSES) -> list[Case]:
             torch=torch_run,
             mutate=flip(MUTATED),
             oracle=_oracle,
+            variants=tuple(map(variant, passes)),
         )
     ]

@@ -21,7 +21,8 @@ svg text { font: 12px system-ui, sans-serif; fill: #333 }
 YARDSTICKS = """In float64 a track may be off the other, and off DeepMind's code, by 1e-9 of
 an array's largest value. In float32 and bfloat16 each track may be off the float64 result by
 four noise floors of the array: the largest distance between runs whose parameters are moved by
-half a unit in the last place of that precision, and at least the rounding of the result itself.
+half a unit in the last place of that precision, and at least the rounding of the result itself
+(for a loss term or a norm, that of a long sum).
 A case passes only if the same comparison fails once one thing in it is broken: a sign, a scale,
 an axis, a mask, or the step that dropout masks are drawn for. The numbers shown are those of
 the case's worst array."""

@@ -1,6 +1,7 @@
 """What the suite reports: a table on the terminal, report.json, and a page with plots."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ WIDTH = 120
 ABSENT = "DeepMind's code is not installed (make oracle): the tracks are compared with each other"
 
 
-def merge(parts: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def merge(parts: list[dict[str, Any]], seconds: float, complete: bool = True) -> dict[str, Any]:
     """The reports of all processes as one."""
     environment: dict[str, Any] = {}
     for part in parts:
@@ -24,15 +25,23 @@ def merge(parts: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     return {
         "cases": sorted(cases, key=lambda case: case["level"]),
         "curves": curves,
-        "environment": environment | {"seconds": round(seconds, 1)},
+        "environment": environment | {"seconds": round(seconds, 1), "complete": complete},
     }
+
+
+def write_json(result: dict[str, Any], folder: Path) -> Path:
+    """report.json, whole at any moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    half = folder / "report.json.half"
+    half.write_text(json.dumps(result, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    os.replace(half, path)
+    return path
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, and both files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    path = write_json(result, folder)
     (folder / "index.html").write_text(page.render(result), encoding="utf-8")
     console = Console()
     console.width = max(console.width, WIDTH)  # where it is not a terminal: wide enough for a row
@@ -60,7 +69,8 @@ def summary(result: dict[str, Any]) -> str:
 def table(title: str, cases: list[dict[str, Any]]) -> Table:
     """The verdicts of one level."""
     found = Table(title=title, title_justify="left")
-    for column in ("case", "precision", "JAX", "PyTorch", "difference", "ratio", "limit", ""):
+    columns = ("case", "precision", "JAX", "PyTorch", "difference", "ratio", "limit", "seconds", "")
+    for column in columns:
         found.add_column(
             column, justify="left" if column in ("case", "precision") else "right", no_wrap=True
         )
@@ -68,7 +78,8 @@ def table(title: str, cases: list[dict[str, Any]]) -> Table:
         errors = (number(case[key]) for key in ("error_jax", "error_torch", "difference"))
         verdict = "[green]passed[/green]" if case["passed"] else "[red]FAILED[/red]"
         ratio, limit = number(case["ratio"]), number(case.get("limit"))
-        found.add_row(case["name"], case["dtype"], *errors, ratio, limit, verdict)
+        seconds = f"{case['seconds']:.1f}" if "seconds" in case else "-"
+        found.add_row(case["name"], case["dtype"], *errors, ratio, limit, seconds, verdict)
     return found
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from foldcore.config import (
@@ -17,7 +18,7 @@ from foldcore.config import (
 )
 from foldcore.data.loader import open_loader
 from parity.case import Setting, draw
-from parity.tracks import JAX, Arrays, Track
+from parity.tracks import JAX, Arrays, Track, to_numpy
 
 SPREAD = 0.2  # of weights that start at zero, in units of 1 / sqrt(fan-in)
 SECTIONS = ("params", "mu", "nu", "ema")
@@ -117,21 +118,15 @@ class Observed:
 
 
 class Program:
-    """The compiled training step of one track.
+    """The compiled training step of one track; the model's outputs are among what it logs."""
 
-    With ``observed`` the model's outputs are among what the step logs.
-    """
-
-    def __init__(self, track: Track, config: Config, setting: Setting, observed: bool) -> None:
+    def __init__(self, track: Track, config: Config, setting: Setting) -> None:
         config = with_setting(config, setting)
         self.track, self.config, self.setting = track, config, setting
-        self.network = track.step.Network(config.model)
-        if observed:
-            self.network = Observed(self.network)
+        self.network = Observed(track.step.Network(config.model))
         track.distributed.initialize()
         self.mesh = track.distributed.make_mesh(config.train.batch_size)
-        update = self._observe if observed else track.train.train_step
-        function = functools.partial(update, self.network, config)
+        function = functools.partial(self._observe, self.network, config)
         self._step = track.step.CompiledStep(function, config, self.mesh, donate=True)
 
     @property
@@ -156,8 +151,8 @@ class Program:
             self.track.ops.use("reference")
 
     def fetch(self, tree: Any) -> Any:
-        """On the host."""
-        return self.track.step.fetch(tree)
+        """On the host, bfloat16 outputs included."""
+        return jax.tree.map(to_numpy, tree)
 
     def _observe(self, network: Any, config: Config, state: Any, batch: Any) -> Any:
         """``train_step`` with a ``loss_fn`` that also logs the outputs."""
@@ -176,6 +171,6 @@ class Program:
 
 
 @functools.cache
-def program(package: str, config: Config, setting: Setting, observed: bool = False) -> Program:
+def program(package: str, config: Config, setting: Setting) -> Program:
     """Compiled once for all cases of a process."""
-    return Program(Track(package), config, setting, observed)
+    return Program(Track(package), config, setting)

@@ -4,6 +4,7 @@ A case gets the modules of one package as ``track.primitives``, ``track.model``,
 array functions whose names differ.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -43,7 +44,7 @@ class Track:
     def model_of(self, config: ModelConfig) -> Any:
         """The network without values."""
         if self.is_jax:
-            return nnx.eval_shape(lambda: self.model.AlphaFold(config))
+            return _abstract_in_jax(config)
         with torch.device("meta"):
             return self.model.AlphaFold(config)
 
@@ -51,7 +52,7 @@ class Track:
         """A module, by its name, of one block of a stack; the block itself without a name."""
         if self.is_jax:
             graph, state = nnx.split(stacked)
-            block = nnx.merge(graph, jax.tree.map(lambda value: value[index], state))
+            block = nnx.merge(graph, jax.tree.map(lambda value: _layer(value, index), state))
             return getattr(block, path) if path else block
         module = stacked.get_submodule(path)
         own = {name: values[index] for name, values in module.named_parameters()}
@@ -72,6 +73,17 @@ class Track:
 
 
 JAX, TORCH = Track("jaxfold"), Track("torchfold")
+
+
+@functools.cache
+def _abstract_in_jax(config: ModelConfig) -> Any:
+    """Traced once: every case that needs a part of the network asks for it."""
+    return nnx.eval_shape(lambda: JAX.model.AlphaFold(config))
+
+
+def _layer(value: Any, index: int) -> Any:
+    """One layer of stacked values; a parameter that has none stays as it is."""
+    return value if isinstance(value, jax.ShapeDtypeStruct) else value[index]
 
 
 def using(track: Track, implementation: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +135,8 @@ def cast(track: Track, dtypes: Mapping[str, str], arrays: Mapping[str, Any], dev
         array, name = np.asarray(array), dtypes[name]
         real = array.dtype.kind == "f"
         if track.is_jax:
-            return jnp.asarray(array, jnp.dtype(name) if real else None)
+            # cast by numpy: every shape that JAX casts is a program to compile
+            return jax.device_put(np.asarray(array, jnp.dtype(name) if real else None))
         tensor = torch.tensor(array, device=device)
         return tensor.to(getattr(torch, name)) if real else tensor
 

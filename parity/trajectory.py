@@ -22,7 +22,7 @@ from parity.variety import varied
 
 NAME = "training run"
 METRICS = ("loss/total", "grad_norm")
-PERTURBED_RUNS = 4
+PERTURBED_RUNS = 3
 FIRST_STEPS = 10  # few numbers say little; a fault shows at once
 LONGEST = 10_000  # steps; arrays that are longer are no curves
 PACKAGES = {"jax": "jaxfold", "torch": "torchfold"}

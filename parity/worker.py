@@ -3,7 +3,9 @@
 python -m parity.worker OPTIONS    OPTIONS is the JSON of ``parity.options``; see parity.compare
 """
 
+import gc
 import json
+import os
 import platform
 import re
 import sys
@@ -18,8 +20,8 @@ import jax
 import torch
 
 from parity import ladder, trajectory
-from parity.case import Case, Setting
-from parity.judge import examine
+from parity.case import Setting
+from parity.examination import examine
 from parity.options import Options
 from parity.oracle import shim
 
@@ -27,21 +29,36 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "numpy")
 
 
 def main(options: Options) -> None:
-    """Judge every case, print a line for each, write the report."""
+    """Judge every case, print a line for each; the report has all that are done."""
     configure(options)
+    gc.freeze()
+    gc.set_threshold(100_000)  # tracing makes many objects that stay: looking for others takes long
     entries: list[dict[str, Any]] = []
     curves: dict[str, Any] = {}
+    around = environment()
     start = time.perf_counter()
     for entry in verdicts(options, curves):
-        entry["seconds"], start = time.perf_counter() - start, time.perf_counter()
+        entry["seconds"], start = round(time.perf_counter() - start, 2), time.perf_counter()
         entries.append(entry)
         print(line(entry), flush=True)
-    result = {"cases": entries, "curves": curves, "environment": environment()}
-    Path(options.report).write_text(json.dumps(result), encoding="utf-8")
+        write(options, {"cases": entries, "curves": curves, "environment": around})
+    write(options, {"cases": entries, "curves": curves, "environment": around})
+
+
+def write(options: Options, result: dict[str, Any]) -> None:
+    """Write the report, whole at any moment."""
+    path = Path(options.report)
+    half = path.with_suffix(".half")
+    half.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(half, path)
 
 
 def configure(options: Options) -> None:
     """Settings of the whole process; products of float32 numbers are exact ones in both tracks."""
+    if options.device == "gpu":
+        # a network of full size takes minutes to compile, and only once
+        cache = Path(os.environ.get("TWINFOLD_CACHE", "~/.cache/twinfold")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
     jax.config.update("jax_enable_x64", options.dtype == "float64")
     jax.config.update("jax_default_matmul_precision", "highest")
     torch.set_float32_matmul_precision("highest")
@@ -51,27 +68,19 @@ def configure(options: Options) -> None:
         torch.set_num_threads(1)
 
 
-def chosen(options: Options) -> list[Case]:
-    """The cases that the options ask for."""
-    return [
-        case
-        for case in ladder.cases(options)
-        if case.level in options.levels
-        and options.dtype in case.dtypes
-        and re.search(options.pattern, case.name)
-    ]
-
-
 def verdicts(options: Options, curves: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The report's entries; one that says why, where a case breaks down. Fills ``curves``."""
     setting = Setting(options.dtype, options.device, implementation(options))
-    for case in chosen(options):
+    wanted, say = re.compile(options.pattern).search, progress if options.config else str
+    for case in ladder.cases(options):
+        if case.level not in options.levels or options.dtype not in case.dtypes:
+            continue
         try:
-            for verdict in examine(case, setting, shim.available()):
+            for verdict in examine(case, setting, shim.available(), wanted, say):
                 yield verdict.entry()
         except Exception as error:  # the other cases still have something to say
             yield failure(case.name, case.level, options.dtype, error)
-    if 4 in options.levels and not options.config and re.search(options.pattern, trajectory.NAME):
+    if ladder.trains(options) and wanted(trajectory.NAME):
         try:
             verdict, drawn = trajectory.Trajectory(setting, options.steps).judge()
             curves.update(drawn)
@@ -95,13 +104,19 @@ def failure(name: str, level: int, dtype: str, error: Exception) -> dict[str, An
     return {**entry, **unknown, "reason": f"{type(error).__name__}: {error}"}
 
 
+def progress(text: str) -> None:
+    """One run of a large network on one line."""
+    print(f"       {text}", flush=True)
+
+
 def line(entry: dict[str, Any]) -> str:
     """One verdict on one line."""
     word = "ok    " if entry["passed"] else "FAILED"
     start = f"{word} {entry['dtype']:8} {entry['name']}: "
     if "reason" in entry:
         return start + entry["reason"]
-    return f"{start}{entry['ratio']:.2g} of {entry['limit']:g} ({entry['worst']})"
+    found = f"{entry['ratio']:.2g} of {entry['limit']:g} ({entry['worst']})"
+    return f"{start}{found}, {entry['seconds']:.1f} s"
 
 
 def environment() -> dict[str, Any]:

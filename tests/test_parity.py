@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from parity import compare, page, report
-from parity.case import Case, Run, Setting, flip
-from parity.judge import Verdict, examine
-from parity.noise import perturb
+from parity.case import Case, Run, Setting, flip, scale
+from parity.examination import examine
+from parity.judge import Verdict
+from parity.noise import FLOORS, ROUNDING, perturb
 from parity.options import Options
 from parity.tracks import Arrays
 from tests import parity_runs
@@ -87,6 +88,42 @@ def test_an_error_of_a_few_noise_floors_fails_in_float32() -> None:
     assert not judged(case(torch=in_float32_only(2e-6)), "float32").passed
 
 
+def total(dtype: str, fault: Fault = lambda y: y) -> Run:
+    """A track that adds many numbers one after another, and may do it wrong."""
+
+    def run(parameters: Arrays, inputs: Arrays) -> Arrays:
+        terms = np.abs(np.tile(parameters["w"], 50)).astype(dtype)
+        return {f"output sum {i}": fault(np.cumsum(terms[i:])[-1]) for i in range(3)}
+
+    return run
+
+
+def test_the_rounding_of_a_long_sum_is_noise() -> None:
+    def tracks(fault: Fault) -> Case:
+        makes = dict.fromkeys(("jax", "torch"), lambda s: total(s.wide, fault))
+        return replace(case(), mutate=scale(1.25, "w"), **makes)
+
+    def in_float32(y: np.ndarray) -> np.ndarray:
+        return off_by(1e-4)(y) if y.dtype == np.float32 else y
+
+    verdict = judged(tracks(lambda y: y), "float32")
+    errors = [row.error_jax or 0 for row in verdict.rows]
+    assert max(errors) > FLOORS * ROUNDING["float32"]  # half a unit alone would not let it pass
+    assert verdict.passed
+    assert not judged(tracks(in_float32), "float32").passed
+
+
+def test_variants_are_chosen_by_name() -> None:
+    names = ("one", "two")
+    parameters, inputs = case().make()
+    some = case(variants=names, make=lambda: (parameters, dict.fromkeys(names, inputs[""])))
+    found = list(examine(some, Setting("float64"), False, re.compile("two|nothing").search))
+    assert [verdict.name for verdict in found] == ["product: two"]
+    with pytest.raises(ValueError, match="product: one is made as product: uno"):
+        spelt = replace(some, make=lambda: (parameters, {"uno": inputs[""], "two": inputs[""]}))
+        list(examine(spelt, Setting("float64"), False))
+
+
 def test_values_that_are_not_finite_fail() -> None:
     assert not judged(case(lambda y: y * np.nan), "float64").passed
     assert not judged(case(torch=lambda y: np.full_like(y, np.inf)), "float32").passed
@@ -138,6 +175,19 @@ def test_a_process_that_dies_is_a_case_that_failed(tmp_path: Path) -> None:
     assert not part["cases"][0]["passed"] and "status 1" in part["cases"][0]["reason"]
 
 
+def test_what_a_process_wrote_before_it_died_is_reported(tmp_path: Path) -> None:
+    entry = judged(case(), "float32").entry()
+    part = {"cases": [entry], "curves": {}, "environment": {}}
+    (path := tmp_path / "float32.json").write_text(json.dumps(part))
+    job = Options("float32")
+    going = compare.written(job, path, None)
+    assert going["cases"] == [entry] and going["dtype"] == "float32"
+    dead = compare.written(job, path, compare.died(job, -9))
+    assert [each["passed"] for each in dead["cases"]] == [True, False]
+    report.write_json(report.merge([going], 1.0, complete=False), tmp_path)
+    assert not json.loads((tmp_path / "report.json").read_text())["environment"]["complete"]
+
+
 def test_report_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = [judged(case(), dtype).entry() for dtype in ("float64", "float32")]
     loss = {"jax": [3.0, 2.0], "torch": [3.0, 2.5], "drift": [0.0, 0.1], "recycling": [0, 3]}
@@ -166,4 +216,4 @@ def test_full_size_comparison_of_a_small_configuration() -> None:
         *(f"tiny network: {n} recycling passes" for n in range(4)),
         "tiny optimiser step",
     ]
-    assert found["status"] == 0
+    assert found["status"] == 0 and found["environment"]["complete"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity import ladder, network_cases
+from parity import ladder
 from parity.noise import FLOAT64
 from parity.options import Options
 from parity.oracle import shim
@@ -44,7 +44,7 @@ def test_both_agree_with_published_code(name: str) -> None:
         assert max(entry["error_jax"], entry["error_torch"]) <= FLOAT64 or entry["flips"] == 0
 
 
-@pytest.mark.parametrize("passes", network_cases.PASSES)
+@pytest.mark.parametrize("passes", ladder.ENDS)
 def test_every_gradient_of_the_network_is_compared(passes: int) -> None:
     (entry,) = (
         entry

@@ -25,29 +25,25 @@ def run(name: str, module: Module) -> Run:
 def _derived_run(part: Part, module: Module) -> Run:
     others = make_parameters() if part.scope else {}  # of what the case does not look at
 
-    def function(own: Named, derived: Named, rest: Named, weights: Named) -> Any:
-        nested = published.cut(published.nest({**others, **own}), part.scope, part.layer)
-        outputs = part.function(nested, {**derived, **rest})
-        return sum(jnp.sum(outputs[n] * w) for n, w in weights.items()), outputs
-
-    gradient = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
-    program = jax.jit(gradient)
-
     def run(parameters: Arrays, inputs: Arrays) -> Arrays:
+        def function(own: Named, derived: Named, rest: Named, example: Any) -> Any:
+            nested = published.cut(published.nest({**others, **own}), part.scope, part.layer)
+            outputs = part.function(nested, {**derived, **rest})
+            weights = {n: _weights(n, x) for n, x in outputs.items() if is_float(x)}
+            return sum(jnp.sum(outputs[n] * w[example]) for n, w in weights.items()), outputs
+
+        def _weights(name: str, output: Any) -> Any:
+            batched = jax.ShapeDtypeStruct((EXAMPLES, *output.shape), output.dtype)
+            return jnp.asarray(weights_of(name, batched, module.real(name, inputs)))
+
+        program = jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))
         own, x = (published.cast(arrays, "float64") for arrays in (parameters, inputs))
-        examples = [{name: value[i] for name, value in x.items()} for i in range(EXAMPLES)]
-        derived = [{name: each.pop(name) for name in module.derive} for each in examples]
-        _, shapes = jax.eval_shape(function, own, derived[0], examples[0], {})
-        weights = {}
-        for name, shape in shapes.items():
-            if is_float(shape):
-                batched = jax.ShapeDtypeStruct((EXAMPLES, *shape.shape), shape.dtype)
-                weights[name] = weights_of(name, batched, module.real(name, inputs))
-        results = [
-            program(own, derived[i], examples[i], {n: w[i] for n, w in weights.items()})
-            for i in range(EXAMPLES)
-        ]
-        found = {f"output {n}": np.stack([r[0][1][n] for r in results]) for n in shapes}
+        results = []
+        for i in range(EXAMPLES):
+            rest = {name: value[i] for name, value in x.items()}
+            derived = {name: rest.pop(name) for name in module.derive}
+            results.append(jax.device_get(program(own, derived, rest, i)))
+        found = {f"output {n}": np.stack([r[0][1][n] for r in results]) for n in results[0][0][1]}
         found |= {f"gradient {n}": np.asarray(sum(r[1][0][n] for r in results)) for n in own}
         found |= {f"input {n}": np.stack([r[1][1][n] for r in results]) for n in module.derive}
         return keep_real(module, found, inputs)

@@ -90,8 +90,8 @@ def cast(tree: Any, dtype: Any) -> Any:
     """Floating-point leaves in another precision."""
 
     def one(x: Any) -> Any:
-        x = jnp.asarray(x)
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        x = np.asarray(x)
+        return x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x
 
     return jax.tree.map(one, tree)
 
