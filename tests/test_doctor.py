@@ -132,3 +132,7 @@ def test_every_value_is_in_a_class() -> None:
     for scale in (0.01, 1.0, 1e4):
         for values in (rng.lognormal(0, 2, 100) * scale, rng.integers(0, 10**6, 50), np.ones(3)):
             assert sum(count for _, count in histogram(values)) == len(values)
+    for value in np.round(rng.random(300) * 10, 2):  # one value, or nearly
+        assert histogram(np.array([value] * 3)) == [(f"{value:.3g}", 3)]
+        near = value + np.array([0, 1e-9, 3e-8])
+        assert sum(count for _, count in histogram(near)) == 3

@@ -15,6 +15,8 @@ def histogram(values: np.ndarray) -> list[tuple[str, int]]:
     if whole and high - low < MAX_CLASSES:
         numbers = range(int(low), int(high) + 1)
         return [(str(number), int((values == number).sum())) for number in numbers]
+    if low == high:
+        return [(f"{low:.3g}", len(values))]
     if whole and low >= 0 and high > 20 * max(np.median(values), 1):
         edges = _doubling(low, high)
     else:
@@ -38,7 +40,9 @@ def _steps(low: float, high: float) -> np.ndarray:
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough)
     start = np.floor(low / step) * step
-    return start + step * np.arange(int(np.floor((high - start) / step)) + 2)
+    edges = start + step * np.arange(int(np.floor((high - start) / step)) + 2)
+    edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)  # whatever rounding did
+    return edges
 
 
 def _label(low: float, high: float, whole: bool) -> str:
