@@ -35,13 +35,6 @@ from jaxfold.primitives import DropoutKey
 
 TRUNK = "evoformer/"  # names of the parameters that compute in config.model.dtype
 MATMUL_PRECISION = {"ieee": "highest", "tf32": "tensorfloat32"}
-# XLA's options for a program whose main work is done by our kernels, by docs/performance.md
-_BESIDE_KERNELS: dict[str, bool | str] = {
-    "xla_gpu_enable_triton_gemm": False,  # the library's products take in the bias that is added
-    # compiles every fusion in several ways, most of the time to the first step, for no gain
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-    "xla_gpu_enable_command_buffer": "",  # none: kernels are not captured; products have failed
-}
 IN_FLIGHT = 2  # steps the host may run ahead of the device; more would only hold more batches
 
 
@@ -58,14 +51,11 @@ def configure(config: Config) -> None:
     _triton.keep_in(cache / "triton-jax")
 
 
-def _compiler_options(config: Config) -> dict[str, bool | str]:
+def _compiler_options(config: Config) -> dict[str, bool]:
     """XLA's options for this run's programs."""
-    if jax.default_backend() != "gpu":
+    if not config.train.deterministic or jax.default_backend() != "gpu":
         return {}
-    options: dict[str, bool | str] = {}
-    if config.train.deterministic:
-        options["xla_gpu_exclude_nondeterministic_ops"] = True
-    return options | (_BESIDE_KERNELS if config.model.implementation == "triton" else {})
+    return {"xla_gpu_exclude_nondeterministic_ops": True}
 
 
 class Network:
