@@ -5,7 +5,7 @@ tell, so only that is cleared, and only where the new one does not reach.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,26 +46,20 @@ def used(example: Mapping[str, np.ndarray]) -> Used:
     )
 
 
-def used_parts(example: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, view): together all of an example that can be other than zero, in one piece each."""
-    part = used(example)
-    for name in (*_NUMBERS, _ROWS, _EXTRA_ROWS):
-        yield name, example[name]
-    for names, size in ((_OF_RESIDUES, part.residues), (_OF_TEMPLATES, part.templates)):
-        for name in names:
-            yield name, example[name][:size]
-    for names, sizes in ((_OF_ROWS, part.rows), (_OF_EXTRA_ROWS, part.extra_rows)):
-        for name in names:
-            for slot, size in enumerate(sizes):
-                yield name, example[name][slot, :size]
-
-
 def check_finite(example: Mapping[str, np.ndarray]) -> None:
-    """Raise :class:`FeatureError` for a number that is not finite in an example as it was made."""
-    for name, part in used_parts(example):
-        # a product is much faster than looking at each number; a large one may overflow
-        if part.dtype.kind == "f" and not math.isfinite(np.vdot(part, part)):
-            if not np.isfinite(part).all():
+    """Raise :class:`FeatureError` for a number that is not finite in an example as it was made.
+
+    Those of the alignment are made of whole numbers, and are: only the others are looked at.
+    """
+    part = used(example)
+    sizes = {name: part.residues for name in _OF_RESIDUES}
+    sizes |= {name: part.templates for name in _OF_TEMPLATES}
+    for name in (*_NUMBERS, *sizes):
+        array = example[name]
+        if array.dtype.kind == "f":
+            array = array[: sizes[name]] if array.ndim else array
+            # a product is much faster than looking at each number; a large one may overflow
+            if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
                 raise FeatureError(f"{name}: contains non-finite values")
 
 
