@@ -267,6 +267,13 @@ def dropout_factor(
 def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Array:
     """Which elements of a mask of ``shape`` (batch axis first) are kept."""
     path = definition.path_hash(f"{key.scope}/{name}")
+    if ops._chosen == "triton":
+        from jaxfold import _dropout
+
+        words = _word(key.seed), _word(key.step), _word(key.recycling)
+        position = path, _word(key.block)
+        ids = _word(key.example_id)
+        return _dropout.keep_mask(shape, definition.threshold(rate), position, words, ids)
     stream, _ = _threefry((path, key.example_id), (key.block, key.recycling))
     size = 1
     for length in shape[1:]:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import tests.triton_interpreter  # noqa: F401
+from foldcore import dropout as definition
 from foldcore.kernels.launch import INTERPRETER, Launch
-from jaxfold import _linear_update, _outer_product, _rows, _triangle, ops
+from jaxfold import _dropout, _linear_update, _outer_product, _rows, _triangle, ops
+from jaxfold.primitives import DropoutKey, keep_mask
 from tests import (
     test_kernels_outer_product,
     test_kernels_rows,
@@ -41,9 +43,10 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_linear_update, _outer_product, _rows, _triangle):
+    for module in (_dropout, _linear_update, _outer_product, _rows, _triangle):
         monkeypatch.setattr(module, "call", call)
-        monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
+        if hasattr(module, "architecture"):
+            monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
 
 
 def check(function: Callable[..., jax.Array], given: dict[str, torch.Tensor]) -> None:
@@ -119,3 +122,24 @@ def test_outer_product_mean() -> None:
 
     case = test_kernels_outer_product.Case(5, c=8, e=4, batch=2)
     check(run, test_kernels_outer_product.arrays(case))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 9, 700), (1, 3)])
+def test_dropout_masks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel and by plain operations, in a loop over blocks, they are the defined ones."""
+    seed, rate, path, ids = 2**32 - 5, 0.25, "a/b", np.array([3, -2][: shape[0]], np.int32)
+
+    def masks(step: jax.Array) -> jax.Array:
+        def draw(_: None, block: jax.Array) -> tuple[None, jax.Array]:
+            given = DropoutKey(seed, step, jnp.asarray(ids), jnp.int32(1), block, "a")
+            return None, keep_mask(shape, rate, given, "b")
+
+        return jax.lax.scan(draw, None, jnp.arange(3))[1]
+
+    for implementation in ops.IMPLEMENTATIONS:
+        monkeypatch.setattr(ops, "_chosen", implementation)
+        found = jax.jit(masks)(jnp.int32(7))
+        for block, mask in enumerate(found):
+            numbers = {"seed": seed, "step": 7, "example_id": ids, "block": block, "recycling": 1}
+            expected = definition.keep_mask(shape, rate, path=path, **numbers)
+            np.testing.assert_array_equal(mask, expected)
