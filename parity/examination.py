@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from parity.case import Case, Run, Setting
-from parity.judge import ROUNDED, TRACKS, Scale, Verdict, is_number
+from parity.judge import TRACKS, Scale, Verdict, is_number, unrounded
 from parity.noise import floors_of_sums, perturbed, redrawn
 from parity.tracks import Arrays
 
@@ -33,6 +33,7 @@ class Examination:
         self, case: Case, setting: Setting, with_oracle: bool, say: Callable[[str], Any]
     ) -> None:
         self.case, self.setting, self.say = case, setting, say
+        say(f"{setting.dtype} {case.name}: drawing parameters and inputs; the first run compiles")
         self.parameters, self.variants = case.make()
         self.runs: dict[str, Run] = {"jax": case.jax(setting), "torch": case.torch(setting)}
         self.noisy = setting.dtype != "float64"
@@ -56,7 +57,8 @@ class Examination:
     def verdict(self, name: str, inputs: Arrays) -> Verdict:
         """On one variant."""
         found = {who: self._run(who, name, self.parameters, inputs) for who in self.runs}
-        exact = found.pop(EXACT, None)
+        found["jax"] = unrounded(found["jax"])
+        exact = unrounded(found.pop(EXACT)) if EXACT in found else None
         scale = Scale(found, exact, self.setting.dtype)
         if self.noisy:
             for who in self.runs:  # of one at a time: a step of a large network returns gigabytes
@@ -71,11 +73,11 @@ class Examination:
         return verdict
 
     def _moved_runs(self, who: str, name: str, inputs: Arrays) -> list[Arrays]:
-        """What one of ``runs`` finds for moved parameters and inputs, but for what is rounded."""
+        """What one of ``runs`` finds for moved parameters and inputs."""
 
         def run(number: int, own: Arrays, changed: Arrays) -> Arrays:
-            found = self._run(who, f"{name}, moved {number}", own, {**inputs, **changed})
-            return {n: x for n, x in found.items() if not n.startswith(ROUNDED)}
+            given: Any = own, {**inputs, **changed}
+            return unrounded(self._run(who, f"{name}, moved {number}", *given))
 
         return [run(number, *moved) for number, moved in enumerate(self.moved, 1)]
 

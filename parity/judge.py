@@ -89,8 +89,9 @@ class Scale:
     """What the arrays of a case are compared with."""
 
     def __init__(self, found: dict[str, Arrays], exact: Arrays | None, dtype: str) -> None:
-        if found["jax"].keys() != found["torch"].keys():
-            raise ValueError(f"in one track only: {found['jax'].keys() ^ found['torch'].keys()}")
+        jax, torch = (unrounded(found[track]).keys() for track in TRACKS)
+        if jax != torch:
+            raise ValueError(f"in one track only: {jax ^ torch}")
         self.exact, self.dtype = exact, dtype
         self.size_of = self._largest if dtype == "float64" else self._length
         # without an oracle the tracks are compared with each other alone
@@ -120,8 +121,7 @@ class Scale:
 
     def rows(self, found: dict[str, Arrays]) -> list[Row]:
         """The verdict on every array."""
-        names = (name for name in found["jax"] if not name.startswith(ROUNDED))
-        return [self._row(name, found) for name in names]
+        return [self._row(name, found) for name in unrounded(found["jax"])]
 
     def _row(self, name: str, found: dict[str, Arrays]) -> Row:
         jax, torch = (np.asarray(found[track][name], np.float64) for track in TRACKS)
@@ -168,6 +168,11 @@ class Scale:
             return Row(name, counts[0], counts[1], difference, most, 0.5, flips=int(most))
         usual = max(1.0, *(float(each[name]) for each in self.spreads))
         return Row(name, counts[0], counts[1], difference, most / usual, FLOORS, flips=int(most))
+
+
+def unrounded(found: Arrays) -> Arrays:
+    """Without what is rounded, which matters of PyTorch's result alone."""
+    return {name: x for name, x in found.items() if not name.startswith(ROUNDED)}
 
 
 def is_number(name: str, array: np.ndarray) -> bool:
