@@ -225,7 +225,7 @@ def test_loop_unrolled_and_recomputed_agree(recompute: str, unroll: bool) -> Non
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("unroll", [False, True])
 def test_options_reach_every_stack(recompute: Any, unroll: bool) -> None:
-    model = nnx.eval_shape(lambda: AlphaFold(replace(CONFIG, recompute=recompute), unroll))
+    model = nnx.eval_shape(lambda: AlphaFold(replace(CONFIG, recompute=recompute, unroll=unroll)))
     stacks = [
         module
         for _, module in nnx.iter_graph(model)
