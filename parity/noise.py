@@ -89,7 +89,8 @@ def norm_of_difference(one: np.ndarray, two: np.ndarray) -> float:
     """Euclidean; infinite where a value is not finite."""
     if one.dtype.kind != "f":  # of bfloat16, which numpy does not know
         one, two = one.astype(np.float64), two.astype(np.float64)
-    apart = np.ravel(np.subtract(one, two, dtype=np.float64))
+    with np.errstate(invalid="ignore"):  # infinite in both
+        apart = np.ravel(np.subtract(one, two, dtype=np.float64))
     found = float(np.sqrt(np.dot(apart, apart)))
     return found if np.isfinite(found) else np.inf
 
