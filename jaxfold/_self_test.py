@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from foldcore.kernels.cases import CASES, UPDATE, Case, UpdateCase
+from foldcore.kernels.cases import CASES, MASKS, UPDATE, Case, MaskCase, UpdateCase
 from jaxfold import ops, optimizer
 from jaxfold._triton import architecture
+from jaxfold.primitives import DropoutKey, _keep_mask
 
-EVERY: tuple[Case | UpdateCase, ...] = (*CASES, UPDATE)
+AnyCase = Case | UpdateCase | MaskCase
+EVERY: tuple[AnyCase, ...] = (*CASES, UPDATE, MASKS)
 # the results matter here, not the time: no search for the fastest matrix products
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
@@ -29,19 +31,23 @@ def run() -> None:
         case.check({name: float(error) for name, error in errors.items()})
 
 
-def _compute_errors(case: Case | UpdateCase) -> dict[str, Any]:
+def _compute_errors(case: AnyCase) -> dict[str, Any]:
     """Relative errors of all arrays of a case, as one program."""
     program = jax.jit(functools.partial(_errors, case), compiler_options=COMPILER_OPTIONS)
     return jax.device_get(program(case.draw()))
 
 
-def _errors(case: Case | UpdateCase, arrays: dict[str, Array]) -> dict[str, Array]:
+def _errors(case: AnyCase, arrays: dict[str, Array]) -> dict[str, Array]:
     kernel, plain = _run(case, "triton", arrays), _run(case, "reference", arrays)
     return {
-        name: jnp.linalg.norm(kernel[name].astype(jnp.float32).ravel() - expected.ravel())
-        / jnp.linalg.norm(expected.ravel())
+        name: jnp.linalg.norm(_flat(kernel[name]) - _flat(expected))
+        / jnp.linalg.norm(_flat(expected))
         for name, expected in plain.items()
     }
+
+
+def _flat(x: Array) -> Array:
+    return x.astype(jnp.float32).ravel()
 
 
 @functools.singledispatch
@@ -76,6 +82,18 @@ def _(case: UpdateCase, implementation: str, arrays: dict[str, Array]) -> Mappin
         given = (arrays["gradient"], factor, old, step, finite, case.config)
         new, norms = optimizer.update(*given)
     return {"the gradient's norm": norm, **new._asdict(), **norms}
+
+
+@_run.register
+def _(case: MaskCase, implementation: str, arrays: dict[str, Array]) -> Mapping[str, Array]:
+    """Every mask."""
+    ids, found = arrays["example_id"], {}
+    for path, block, shape, rate in case.masks:
+        scope, _, name = path.rpartition("/")
+        key = DropoutKey(case.seed, jnp.int32(case.step), ids, case.recycling, block, scope)
+        kept = _keep_mask((len(case.examples), *shape), rate, key, name, implementation)
+        found[f"the mask of {path}, block {block}"] = kept
+    return found
 
 
 @contextmanager

@@ -266,8 +266,14 @@ def dropout_factor(
 
 def keep_mask(shape: tuple[int, ...], rate: float, key: DropoutKey, name: str) -> Array:
     """Which elements of a mask of ``shape`` (batch axis first) are kept."""
+    return _keep_mask(shape, rate, key, name, ops._chosen)
+
+
+def _keep_mask(
+    shape: tuple[int, ...], rate: float, key: DropoutKey, name: str, implementation: str
+) -> Array:
     path = definition.path_hash(f"{key.scope}/{name}")
-    if ops._chosen == "triton":
+    if implementation == "triton":
         from jaxfold import _dropout
 
         words = _word(key.seed), _word(key.step), _word(key.recycling)

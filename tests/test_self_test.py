@@ -11,7 +11,7 @@ import torch
 import tests.triton_interpreter  # noqa: F401
 from foldcore.kernels import cases, dropout, optimizer
 from foldcore.kernels.launch import INTERPRETER, Launch
-from jaxfold import _optimizer, _rows
+from jaxfold import _dropout, _optimizer, _rows
 from jaxfold import _self_test as jax_self_test
 from torchfold import _compiled, _self_test, ops
 
@@ -21,12 +21,12 @@ ON_GPU = torch.cuda.is_available()
 @pytest.fixture(autouse=True)
 def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_self_test, "EVERY", (cases.UPDATE, cases.MASKS))
-    monkeypatch.setattr(jax_self_test, "EVERY", (cases.UPDATE,))
+    monkeypatch.setattr(jax_self_test, "EVERY", (cases.UPDATE, cases.MASKS))
     if ON_GPU:
         return
     for module in (_optimizer, _rows, jax_self_test):
         monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
-    for module in (_optimizer, _rows):
+    for module in (_dropout, _optimizer, _rows):
         monkeypatch.setattr(module, "call", tests.triton_interpreter.jax_call)
     monkeypatch.setattr(jax_self_test, "COMPILER_OPTIONS", {})  # they are a GPU's
 
@@ -58,8 +58,9 @@ def test_a_wrong_update_is_refused(
         run()
 
 
-def test_wrong_masks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run", [ops.self_test, jax_self_test.run])
+def test_wrong_masks_are_refused(run: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     table = dropout.table
-    monkeypatch.setattr(dropout, "table", lambda masks: table([(p, 0, *m) for p, _, *m in masks]))
-    with pytest.raises(cases.WrongKernel, match="dropout are wrong .* of a/b, block 7"):
-        ops.self_test()
+    monkeypatch.setattr(dropout, "table", lambda masks: table([(1, *m) for _, *m in masks]))
+    with pytest.raises(cases.WrongKernel, match="dropout are wrong .* of a/b, block 0"):
+        run()

@@ -6,6 +6,8 @@ the lower half of a float32 where a GPU rounds. Its scalars are arrays of one el
 not divide. Import this before launching a kernel in a test.
 """
 
+import threading
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -15,6 +17,7 @@ from triton.runtime import interpreter
 
 from torchfold import _triton
 
+_ONE_AT_A_TIME = threading.Lock()  # the interpreter changes triton.language while a kernel runs
 _create_dot = interpreter.InterpreterBuilder.create_dot
 _convert_float = interpreter._convert_float
 _patch_lang_tensor = interpreter._patch_lang_tensor
@@ -52,7 +55,8 @@ def jax_call(launch, *inputs):
 
     def run(*arrays):
         tensors = [torch.from_numpy(np.array(x)) for x in arrays]
-        return tuple(x.numpy() for x in _triton.call(launch, *tensors))
+        with _ONE_AT_A_TIME:
+            return tuple(x.numpy() for x in _triton.call(launch, *tensors))
 
     shapes = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in launch.outputs)
     return jax.pure_callback(run, shapes, *inputs)

@@ -83,6 +83,10 @@ class MaskCase:
     step: int = 11
     recycling: int = 2
 
+    def draw(self) -> dict[str, np.ndarray]:
+        """The examples' numbers."""
+        return {"example_id": np.array(self.examples, np.int32)}
+
     def check(self, errors: Mapping[str, float]) -> None:
         """Raise for the first mask that is not the defined one."""
         _check("dropout", errors, ROUNDINGS, str(self.masks))
