@@ -7,7 +7,7 @@ unit in the last place.
 """
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from parity.variety import varied
 
 NAME = "training run"
 METRICS = ("loss/total", "grad_norm")
-PERTURBED_RUNS = 3
+# a run of many steps drifts by a factor of fifty more or less than an equal one: few say little
+PERTURBED_RUNS, QUICK_RUNS = 8, 4
 FIRST_STEPS = 10  # few numbers say little; a fault shows at once
 LONGEST = 10_000  # steps; arrays that are longer are no curves
 PACKAGES = {"jax": "jaxfold", "torch": "torchfold"}
@@ -35,6 +36,7 @@ class Trajectory:
 
     setting: Setting
     steps: int
+    perturbed_runs: int = PERTURBED_RUNS
     config: Config = SMALL
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class Trajectory:
     def judge(self) -> tuple[Verdict, dict[str, Any]]:
         """The verdict, and the curves for the report."""
         found = {name: self.run(name, self.start, self.batches) for name in PACKAGES}
-        starts = [self.perturbed(seed) for seed in range(PERTURBED_RUNS)]
+        starts = [self.perturbed(seed) for seed in range(self.perturbed_runs)]
         runs = [found["jax"], *(self.run("jax", start, self.batches) for start in starts)]
         rows = self.rows(found, runs)
         verdict = Verdict(NAME, 4, self.setting.dtype, rows, oracle=False)
@@ -78,14 +80,13 @@ class Trajectory:
         return np.concatenate([moved[name].ravel() for name in layout.names])
 
     def rows(self, found: dict[str, Curves], runs: list[Curves]) -> list[Row]:
-        """Distances between the tracks in units of the drift of equal runs, the first of ``runs``
-        from the others.
-        """
-        rows, (base, *others) = [], runs
+        """Distances between the tracks in units of the largest of two of the equal ``runs``."""
+        rows = []
         for name, jax in found["jax"].items():
             apart = distances(found["torch"][name], jax)
-            drift = np.max([distances(other[name], base[name]) for other in others], axis=0)
-            size = distances(base[name], np.zeros_like(jax))
+            pairs = combinations([run[name] for run in runs], 2)
+            drift = np.max([distances(one, two) for one, two in pairs], axis=0)
+            size = distances(runs[0][name], np.zeros_like(jax))
             floors = np.maximum(drift, ROUNDING[self.setting.wide] * size)
             ratio, relative = float((apart / floors).max()), float((apart / size).max())
             rows.append(Row(name, None, None, relative, ratio, FLOORS))

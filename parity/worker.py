@@ -82,7 +82,8 @@ def verdicts(options: Options, curves: dict[str, Any]) -> Iterator[dict[str, Any
             yield failure(case.name, case.level, options.dtype, error)
     if ladder.trains(options) and wanted(trajectory.NAME):
         try:
-            verdict, drawn = trajectory.Trajectory(setting, options.steps).judge()
+            runs = trajectory.QUICK_RUNS if options.quick else trajectory.PERTURBED_RUNS
+            verdict, drawn = trajectory.Trajectory(setting, options.steps, runs).judge()
             curves.update(drawn)
             yield verdict.entry()
         except Exception as error:
