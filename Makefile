@@ -70,7 +70,7 @@ train-torch: setup  ## the same in PyTorch; NPROC=2 starts two processes, one fo
 parity: oracle  ## prove both tracks equal, and equal to DeepMind's code; DEVICE=gpu at full size
 	@$(BIN)/python -m parity.compare --device $(DEVICE) $(ARGS)
 
-test: oracle  ## the test suite: allow 25 minutes on two cores
+test: oracle  ## the test suite: allow 15 minutes on two cores
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: oracle  ## the tests that take longer
