@@ -13,6 +13,7 @@ moment, should the run be cut short. On a GPU, levels 2 and 3 run at the full si
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -164,4 +165,6 @@ def died(job: Options, status: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # so that the processes end as well, if this one is asked to
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))
