@@ -9,7 +9,7 @@ from jax import Array
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels.rows import column_sums, slice_sums
+from foldcore.kernels.rows import column_sums
 from jaxfold._triton import architecture, call, dtype_name
 
 
@@ -93,37 +93,3 @@ def _transition_backward(
 
 
 transition.defvjp(_transition_forward, _transition_backward)
-
-
-# What attention reads ----------------------------------------------------------------------------
-
-
-@jax.custom_vjp
-def attention_projection(x: Array, weights: Array, gate_bias: Array) -> Array:
-    """Query, gate, key and value of each row."""
-    c, parts, *head = weights.shape
-    bias = jnp.zeros((parts, *head), weights.dtype).at[1].set(gate_bias).ravel()
-    # a plain sum with a vector that nothing is fused into becomes a part of the product
-    product = x.reshape(-1, c) @ weights.reshape(c, -1) + jax.lax.optimization_barrier(bias)
-    return product.reshape(*x.shape[:-1], parts, *head)
-
-
-def _projection_forward(
-    x: Array, weights: Array, gate_bias: Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    return attention_projection(x, weights, gate_bias), (x, weights, gate_bias)
-
-
-def _projection_backward(
-    saved: tuple[Array, Array, Array], grad: Array
-) -> tuple[Array, Array, Array]:
-    x, weights, gate_bias = saved
-    c, m = x.shape[-1], gate_bias.size
-    flat, rows = weights.reshape(c, -1), grad.reshape(x.size // c, -1)
-    x_grad = (rows @ flat.T).reshape(x.shape)
-    weights_grad = jnp.einsum("nc,nw->cw", x.reshape(-1, c), rows).reshape(weights.shape)
-    (sums,) = call(slice_sums(len(rows), flat.shape[1], m, m, architecture()), rows)
-    return x_grad, weights_grad, sum_columns(sums, gate_bias).reshape(gate_bias.shape)
-
-
-attention_projection.defvjp(_projection_forward, _projection_backward)

@@ -118,7 +118,8 @@ def attention(
 
 
 def gated_attention(
-    projected: Float[Array, "b s r p h d"],
+    projected: Float[Array, "b s r 4 h d"],
+    gate_bias: Float[Array, "h d"],
     mask: Float[Array, "b s r"],
     bias: Float[Array, "b h n n"] | None = None,
     *,
@@ -128,39 +129,21 @@ def gated_attention(
 ) -> Float[Array, "b s r h d"]:
     """Attention within rows (axis 2) or columns (axis 1), then a gate (Suppl. Alg. 7, 8, 13, 14).
 
-    ``projected`` holds query, gate, key and value of each position, or query, key and value where
-    there is no gate; the gate is what a sigmoid is applied to. ``scale`` multiplies the queries.
+    ``projected`` holds query, gate, key and value of each position; a sigmoid is applied to the sum
+    of gate and ``gate_bias``, taken in at least float32. ``scale`` multiplies the queries.
     """
     if _kernel_runs("gated_attention", implementation, projected):
         from jaxfold import _attention
 
-        return _attention.gated_attention(projected, mask, bias, axis, scale)
+        return _attention.gated_attention(projected, gate_bias, mask, bias, axis, scale)
     if axis == 1:
         projected, mask = jnp.swapaxes(projected, 1, 2), jnp.swapaxes(mask, 1, 2)
-    query, *gate, key, value = jnp.unstack(projected, axis=3)
+    query, gate, key, value = jnp.unstack(projected, axis=3)
     gathered = _gather(query, key, value, mask, bias, scale)
-    if gate:
-        gathered = gathered * jax.nn.sigmoid(gate[0].astype(gathered.dtype))
-    output = gathered.astype(projected.dtype)
+    wide = gathered.dtype
+    opened = jax.nn.sigmoid(gate.astype(wide) + gate_bias.astype(wide))
+    output = (gathered * opened).astype(projected.dtype)
     return jnp.swapaxes(output, 1, 2) if axis == 1 else output
-
-
-def attention_projection(
-    x: Float[Array, "b s r c"],
-    weights: Float[Array, "c 4 h d"],
-    gate_bias: Float[Array, "h d"],
-    *,
-    implementation: str | None = None,
-) -> Float[Array, "b s r 4 h d"]:
-    """Query, gate, key and value of each position by one product; only the gate has a bias."""
-    if _kernel_runs("attention_projection", implementation, x):
-        from jaxfold import _rows
-
-        return _rows.attention_projection(x, weights, gate_bias)
-    none = jnp.zeros_like(gate_bias)
-    offsets = jnp.stack([none, gate_bias, none, none])
-    projected = _plus(x @ weights.reshape(len(weights), -1), offsets.ravel())
-    return projected.reshape(*x.shape[:-1], *offsets.shape)
 
 
 def _gather(

@@ -47,6 +47,7 @@ class Shape:
         kind: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
         arrays = {
             "projected": torch.randn(*table, 4, self.heads, self.width, **kind),
+            "gate_bias": torch.randn(self.heads, self.width, **kind),
             "mask": (torch.rand(table, device=DEVICE) > 0.1).float(),
         }
         if self.biased:
@@ -87,7 +88,7 @@ def benchmarks() -> Iterator[Benchmark]:
                 "triton, JAX": of_ops(jax_ops, shape, "triton"),
                 "XLA": of_ops(jax_ops, shape, "reference"),
             },
-            differentiable=("projected", "bias") if shape.biased else ("projected",),
+            differentiable=("projected", "gate_bias", *(("bias",) if shape.biased else ())),
             operations=shape.operations,
             best=BEST.get(shape.name),
         )
@@ -96,9 +97,10 @@ def benchmarks() -> Iterator[Benchmark]:
 def of_ops(ops: Any, shape: Shape, implementation: str) -> Callable[..., Any]:
     """The track's own operation."""
 
-    def run(projected: Any, mask: Any, bias: Any = None) -> Any:
+    def run(projected: Any, gate_bias: Any, mask: Any, bias: Any = None) -> Any:
         return ops.gated_attention(
             projected,
+            gate_bias,
             mask,
             bias,
             axis=shape.axis,

@@ -19,13 +19,6 @@ BEST = {"65536x128": (0.008, 0.042)}  # of LayerNorm; see Benchmark
 TRANSITIONS = (("pair", 65536, 128, 512), ("msa", 32768, 256, 1024), ("extra msa", 262144, 64, 256))
 OUTER = (("msa", 128, 256, 32, 128), ("extra msa", 1024, 256, 32, 128))  # sequences, residues, c, z
 TRIANGLES = ((1, 256, 128, 128), (4, 256, 64, 64), (1, 384, 128, 128))  # b, residues, c, hidden
-# positions, heads and their width, channels
-PROJECTIONS = (
-    ("msa", (1, 128, 256), (8, 32), 256),
-    ("pair", (1, 256, 256), (4, 32), 128),
-    ("template", (4, 256, 256), (4, 16), 64),
-    ("extra msa", (1, 1024, 256), (8, 8), 64),
-)
 # positions, channels before and after, axis along which dropout is the same (0: no dropout)
 UPDATES = (
     ("msa row", (1, 128, 256), 256, 256, 1),
@@ -88,17 +81,6 @@ def outer_arrays(s: int, n: int, c: int, z: int) -> dict[str, Array]:
     }
 
 
-def projection_arrays(
-    table: tuple[int, int, int], head: tuple[int, int], c: int
-) -> dict[str, Array]:
-    """The arrays of attention's projections."""
-    return {
-        "x": ("normal", (*table, c)),
-        "weights": ("weights", (c, 4, *head)),
-        "gate_bias": ("normal", head),
-    }
-
-
 def update_arrays(table: tuple[int, int, int], k: int, c: int, shared: int) -> dict[str, Array]:
     """The arrays of an output projection with dropout and residual."""
     arrays: dict[str, Array] = {
@@ -128,11 +110,6 @@ def benchmarks() -> Iterator[Benchmark]:
     for n, c in NORMS:
         shape = f"{n}x{c}"
         yield _benchmark("layer_norm", shape, norm_arrays(n, c), (0, 0), best=BEST.get(shape))
-    for name, table, head, c in PROJECTIONS:
-        rows, width = table[0] * table[1] * table[2], head[0] * head[1]
-        shape, forward = f"{name} {rows}x{c}x{4 * width}", 8 * rows * c * width
-        arrays = projection_arrays(table, head, c)
-        yield _benchmark("attention_projection", shape, arrays, (forward, 2 * forward))
     for name, table, k, c, shared in UPDATES:
         rows = table[0] * table[1] * table[2]
         shape, forward = f"{name} {rows}x{k}x{c}", 2 * rows * k * c

@@ -67,8 +67,8 @@ def _heads_first(shape: Table, projected: Tensor, mask: Tensor) -> tuple[list[Te
     return [part.transpose(1, 2) for part in parts], mask.flatten(0, 1)
 
 
-def _gate(shape: Table, gathered: Tensor, gate: Tensor) -> Tensor:
-    output = (gathered * torch.sigmoid(gate)).transpose(1, 2)
+def _gate(shape: Table, gathered: Tensor, gate: Tensor, gate_bias: Tensor) -> Tensor:
+    output = (gathered * torch.sigmoid(gate + gate_bias[:, None])).transpose(1, 2)
     output = output.unflatten(0, (shape.batch, -1))
     return output.transpose(1, 2) if shape.axis == 1 else output
 
@@ -76,7 +76,9 @@ def _gate(shape: Table, gathered: Tensor, gate: Tensor) -> Tensor:
 def sdpa(shape: Table) -> Callable[..., Tensor]:
     """PyTorch's fused attention, with bias and mask in one array for every group."""
 
-    def run(projected: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    def run(
+        projected: Tensor, gate_bias: Tensor, mask: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         (query, gate, key, value), mask = _heads_first(shape, projected, mask)
         summand = ((mask - 1) * 1e9).to(query.dtype)[:, None, None, :]
         groups = len(mask) // shape.batch
@@ -86,7 +88,7 @@ def sdpa(shape: Table) -> Callable[..., Tensor]:
         gathered = F.scaled_dot_product_attention(
             query, key, value, attn_mask=summand, scale=shape.scale
         )
-        return _gate(shape, gathered, gate)
+        return _gate(shape, gathered, gate, gate_bias)
 
     return run
 
@@ -97,7 +99,9 @@ def flex(shape: Table) -> Callable[..., Tensor]:
 
     groups = shape.rows if shape.axis == 2 else shape.columns
 
-    def run(projected: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    def run(
+        projected: Tensor, gate_bias: Tensor, mask: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         (query, gate, key, value), mask = _heads_first(shape, projected, mask)
 
         def score(logit: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def flex(shape: Table) -> Callable[..., Tensor]:
             return torch.where(mask[b, k] > 0, logit, -1e9)
 
         gathered = flex_attention(query, key, value, score_mod=score, scale=shape.scale)
-        return _gate(shape, gathered, gate)
+        return _gate(shape, gathered, gate, gate_bias)
 
     return run
 
@@ -114,14 +118,14 @@ def flex(shape: Table) -> Callable[..., Tensor]:
 def triangle_attention(shape: Table) -> Callable[..., Tensor]:
     """cuEquivariance's attention with a bias."""
 
-    def run(projected: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    def run(projected: Tensor, gate_bias: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
         from cuequivariance_torch import triangle_attention as attend
 
         (query, gate, key, value), mask = _heads_first(shape, projected, mask)
         by_group = [x.unflatten(0, (shape.batch, -1)).contiguous() for x in (query, key, value)]
         kept = mask.unflatten(0, (shape.batch, -1))[:, :, None, None] > 0
         gathered = attend(*by_group, bias[:, None], mask=kept, scale=shape.scale)
-        return _gate(shape, gathered.flatten(0, 1), gate)
+        return _gate(shape, gathered.flatten(0, 1), gate, gate_bias)
 
     return run
 

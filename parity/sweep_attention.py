@@ -49,7 +49,7 @@ class Candidate:
     def draw_inputs(self) -> list[Tensor]:
         """Results of the forward pass, as the kernels of the backward pass need them."""
         arrays = self.shape.draw()
-        first = [arrays["projected"], arrays["mask"], arrays.get("bias", arrays["mask"])]
+        first = [arrays[name] for name in _inputs("forward", self.shape.biased)]
         output, logsumexp = call(attention.forward(self.problem()), *first)
         arrays |= {"output": output, "logsumexp": logsumexp, "grad": torch.randn_like(output)}
         arrays["delta"] = torch.randn_like(logsumexp)
@@ -70,6 +70,7 @@ LAUNCHES: dict[str, Callable[[Problem, Tiles | None], Launch]] = {
 
 DTYPES = {
     "projected": torch.bfloat16,
+    "gate_bias": torch.bfloat16,
     "mask": torch.float32,
     "bias": torch.bfloat16,
     "output": torch.bfloat16,
@@ -80,7 +81,7 @@ DTYPES = {
 
 
 def _inputs(kernel: str, biased: bool) -> list[str]:
-    first = ["projected", "mask", "bias" if biased else "mask"]
+    first = ["projected", "gate_bias", "mask", "bias" if biased else "mask"]
     if kernel == "forward":
         return first
     whole = kernel in ("whole_grad", "query_grad")

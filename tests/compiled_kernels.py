@@ -68,7 +68,6 @@ def launches() -> Iterator[Launch]:
     outer = outer_product.Shape(256, 256, 32, 32, 128)
     for kernel in (outer_product.project, outer_product.gradient, outer_product.weights):
         yield kernel(outer, *KIND)
-    yield rows.slice_sums(32768, 1024, 256, 256, KIND[1])
     yield rows.column_sums(256, 512, *KIND)
     yield optimizer.squares(93_000_000, KIND[1])
     yield optimizer.update(93_000_000, OptimizerConfig(), KIND[1])

@@ -103,7 +103,6 @@ def test_attention_and_its_peers(i: int, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {
         "NORMS": [(3, 16)],
-        "PROJECTIONS": [("", (1, 2, 3), (2, 8), 16)],
         "UPDATES": [("", (1, 2, 3), 16, 16, 2)],
         "OUTER": [("", 3, 4, 4, 16)],
         "TRIANGLES": [(), (1, 4, 16, 16)],

@@ -45,16 +45,18 @@ def test_torch_attention_compiles() -> None:
     from torchfold import ops
 
     projected = torch.randn(1, 8, 64, 4, 2, 32, device="cuda", dtype=BFLOAT16)
+    gate_bias = torch.randn(2, 32, device="cuda", dtype=BFLOAT16)
     bias = torch.randn(1, 2, 64, 64, device="cuda", dtype=BFLOAT16)
     mask = torch.ones(1, 8, 64, device="cuda")
 
-    def loss(projected: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        output = ops.gated_attention(2 * projected, mask, bias, scale=0.2, implementation="triton")
+    def loss(projected: torch.Tensor, gate_bias: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        given = (2 * projected, gate_bias, mask, bias)
+        output = ops.gated_attention(*given, scale=0.2, implementation="triton")
         return output.square().sum()
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
-        leaves = [x.clone().requires_grad_() for x in (projected, bias)]
+        leaves = [x.clone().requires_grad_() for x in (projected, gate_bias, bias)]
         function(*leaves).backward()
         results.append([x.grad for x in leaves])
     for eager, compiled in zip(*results, strict=True):
@@ -75,11 +77,12 @@ def test_jax_attention_in_scan_and_shard_map() -> None:
 
     count = jax.device_count()
     mesh = distributed.make_mesh(count)
-    mask = jnp.ones((1, 8, 64))
+    mask, gate_bias = jnp.ones((1, 8, 64)), jnp.ones((2, 32))
 
     def loss(projected: jax.Array, implementation: str) -> jax.Array:
         def layer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            y = ops.gated_attention(x, mask, None, scale=0.2, implementation=implementation)
+            given = (x, gate_bias, mask)
+            y = ops.gated_attention(*given, scale=0.2, implementation=implementation)
             return x + y[:, :, :, None], None
 
         final, _ = jax.lax.scan(layer, projected, None, length=3)
@@ -106,17 +109,20 @@ def test_jax_attention_adds_no_copies() -> None:
 
     from jaxfold import ops
 
-    def step(projected: jax.Array, mask: jax.Array, bias: jax.Array, grad: jax.Array) -> tuple:
-        output, backward = jax.vjp(
-            lambda p, b: ops.gated_attention(p, mask, b, axis=1, implementation="triton"),
-            projected,
-            bias,
-        )
+    def attend(x: jax.Array, weights: jax.Array, *rest: jax.Array) -> jax.Array:
+        projected = (x @ weights).reshape(1, 64, 64, 4, 2, 32)
+        return ops.gated_attention(projected, *rest, axis=1, implementation="triton")
+
+    def step(grad: jax.Array, *given: jax.Array) -> tuple:
+        output, backward = jax.vjp(attend, *given)
         return output, *backward(grad)
 
-    shapes = ((1, 64, 64, 4, 2, 32), (1, 64, 64), (1, 2, 64, 64), (1, 64, 64, 2, 32))
-    dtypes = (jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.bfloat16)
-    arrays = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    # gradient, x, weights, bias of the gate, mask, bias
+    shapes = ((1, 64, 64, 2, 32), (1, 64, 64, 64), (64, 256), (2, 32), (1, 64, 64), (1, 2, 64, 64))
+    arrays = [
+        jax.ShapeDtypeStruct(s, jnp.float32 if i == 4 else jnp.bfloat16)
+        for i, s in enumerate(shapes)
+    ]
     text = jax.jit(step).lower(*arrays).compile().as_text() or ""
     assert text.count("triton_kernel_call") >= 3
     assert not re.findall(r"= \S+ (?:copy|transpose)\(", text)

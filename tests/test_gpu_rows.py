@@ -14,8 +14,6 @@ from tests.test_kernels_rows import (
     layer_norm,
     norm_arrays,
     poisoned,  # noqa: F401, a fixture
-    projection,
-    projection_arrays,
     transition,
     transition_arrays,
 )
@@ -56,23 +54,6 @@ def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 )
 def test_transition(shape: tuple[int, ...], f: int, dtype: torch.dtype) -> None:
     kernel_checks.check(transition(residual=f != 128), transition_arrays(shape, f, seed=0), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("rows", "c", "head"),
-    [
-        ((1, 256, 256), 128, (4, 32)),
-        ((1, 128, 256), 256, (8, 32)),
-        ((1, 1024, 257), 64, (8, 8)),
-        ((1, 37, 7), 40, (3, 20)),
-    ],
-    ids=str,
-)
-def test_attention_projection(
-    rows: tuple[int, ...], c: int, head: tuple[int, int], dtype: torch.dtype
-) -> None:
-    kernel_checks.check(projection, projection_arrays(rows, c, head), dtype)
 
 
 @pytest.mark.parametrize("outgoing", [True, False])

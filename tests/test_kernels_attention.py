@@ -5,6 +5,7 @@ that an element left unwritten shows.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from foldcore.kernels import attention_tiles, cases
-from jaxfold import _attention
+from jaxfold import _attention, _rows
 from jaxfold import ops as jax_ops
 from tests import triton_interpreter
 from torchfold import _attention as _torch_attention
 from torchfold import _self_test, _triton, ops
 
+PARTS = ("query", "gate", "key", "value")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Relative error of the norm. float32: rounding in sums of a few hundred. bfloat16: inputs, weights
@@ -37,7 +39,6 @@ class Case:
     width: int = 16
     batch: int = 1
     axis: int = 2
-    gated: bool = True
     biased: bool = True
     dtype: torch.dtype = torch.float32
 
@@ -48,37 +49,35 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "_allocate", lambda *args: allocate(*args).fill_(float("nan")))
 
 
-def arrays(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Projections, mask, bias, and what the output's gradient shall be."""
+def arrays(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Projections, gate's bias, mask, bias, and what the output's gradient shall be."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE, case.dtype)
 
     table = (case.groups, case.length) if case.axis == 2 else (case.length, case.groups)
-    parts = 4 if case.gated else 3
-    projected = normal(case.batch, *table, parts, case.heads, case.width)
+    projected = normal(case.batch, *table, 4, case.heads, case.width)
+    gate_bias = normal(case.heads, case.width)
     mask = (torch.rand(case.batch, *table, generator=generator) > 0.3).float()
     mask.select(3 - case.axis, case.groups - 1)[:] = 0  # a group without any key
     mask.select(case.axis, case.length // 2)[:] = 0  # a key that no group has
     bias = normal(case.batch, case.heads, case.length, case.length) * 2 if case.biased else None
     grad = normal(case.batch, *table, case.heads, case.width)
-    return projected, mask.to(DEVICE), bias, grad
+    return projected, gate_bias, mask.to(DEVICE), bias, grad
 
 
 def run(case: Case, implementation: str, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """The output and all gradients."""
-    projected, mask, bias, grad = arrays(case, seed)
-    projected = projected.to(dtype).requires_grad_()
+    projected, gate_bias, mask, bias, grad = arrays(case, seed)
+    projected, gate_bias = (x.to(dtype).requires_grad_() for x in (projected, gate_bias))
     bias = None if bias is None else bias.to(dtype).requires_grad_()
-    output = ops.gated_attention(
-        projected, mask, bias, axis=case.axis, scale=0.4, implementation=implementation
-    )
+    options = {"axis": case.axis, "scale": 0.4, "implementation": implementation}
+    output = ops.gated_attention(projected, gate_bias, mask, bias, **options)
     output.backward(grad.to(dtype))
     assert projected.grad is not None
-    parts = ("query", "gate", "key", "value") if case.gated else ("query", "key", "value")
-    results = {"output": output.detach()}
-    results |= dict(zip(parts, projected.grad.unbind(3), strict=True))
+    results = {"output": output.detach(), "gate bias": gate_bias.grad}
+    results |= dict(zip(PARTS, projected.grad.unbind(3), strict=True))
     return results if bias is None else results | {"bias": bias.grad}
 
 
@@ -108,8 +107,7 @@ def test_any_length(length: int) -> None:
         Case(groups=3, length=20, width=24),
         Case(groups=3, length=20, axis=1, batch=2),
         Case(groups=3, length=32, axis=1, biased=False),
-        Case(groups=2, length=32, gated=False),
-        Case(groups=2, length=17, gated=False, biased=False),
+        Case(groups=2, length=17, biased=False),
     ],
     ids=str,
 )
@@ -134,43 +132,40 @@ def test_bfloat16(case: Case) -> None:
     "case", [Case(2, 20), Case(2, 260, heads=1, axis=1, biased=False)], ids=str
 )
 def test_jax_wires_the_kernels_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_attention, "call", triton_interpreter.jax_call)
-    monkeypatch.setattr(_attention, "architecture", lambda: 0)
-    projected, mask, bias, grad = arrays(case, seed=0)
+    for module in (_attention, _rows):
+        monkeypatch.setattr(module, "call", triton_interpreter.jax_call)
+        monkeypatch.setattr(module, "architecture", lambda: 0)
+    given = (None if x is None else jnp.asarray(x) for x in arrays(case, seed=0))
+    projected, gate_bias, mask, bias, grad = given
+    options = {"axis": case.axis, "scale": 0.4, "implementation": "triton"}
 
-    def loss(projected: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        output = jax_ops.gated_attention(
-            projected,
-            jnp.asarray(mask),
-            bias,
-            axis=case.axis,
-            scale=0.4,
-            implementation="triton",
-        )
-        return jnp.sum(output * jnp.asarray(grad)), output
+    def loss(projected: jax.Array, gate_bias: jax.Array, bias: jax.Array | None) -> Any:
+        output = jax_ops.gated_attention(projected, gate_bias, mask, bias, **options)
+        return jnp.sum(output * grad), output
 
-    inputs = (jnp.asarray(projected), None if bias is None else jnp.asarray(bias))
-    gradients, output = jax.grad(loss, argnums=(0, 1), has_aux=True)(*inputs)
+    gradients, output = jax.grad(loss, (0, 1, 2), has_aux=True)(projected, gate_bias, bias)
+    found = {"output": output, "gate bias": gradients[1]}
+    found |= {name: gradients[0][:, :, :, i] for i, name in enumerate(PARTS)}
+    found |= {} if bias is None else {"bias": gradients[2]}
     expected = run(case, "triton", case.dtype)
-    np.testing.assert_allclose(output, expected["output"], rtol=1e-5, atol=1e-6)
-    for i, name in enumerate(("query", "gate", "key", "value")):
-        np.testing.assert_allclose(
-            gradients[0][:, :, :, i], expected[name], rtol=1e-5, atol=1e-5, err_msg=name
-        )
-    if bias is not None:
-        np.testing.assert_allclose(gradients[1], expected["bias"], rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_torch_operator_is_declared_as_it_behaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the poison changes what the checks compare
-    projected, mask, bias, _ = arrays(Case(2, 18, heads=1), seed=0)
-    arguments = (projected.requires_grad_(), mask, bias.requires_grad_(), 2, 0.4)
+    given = arrays(Case(2, 18, heads=1), seed=0)
+    projected, gate_bias, mask, bias = (
+        x if x is given[2] else x.requires_grad_() for x in given[:4]
+    )
+    arguments = (projected, gate_bias, mask, bias, 2, 0.4)
     torch.library.opcheck(_torch_attention._forward, arguments)
 
 
 def test_a_wrong_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     constants = attention_tiles.Problem.constants
-    shapes = {"projected": (1, 2, 20, 4, 1, 16), "mask": (1, 2, 20)}
+    shapes = {"projected": (1, 2, 20, 4, 1, 16), "gate_bias": (1, 16), "mask": (1, 2, 20)}
     case = cases.Case("gated_attention", shapes, {"scale": 0.2})
     monkeypatch.setattr(_self_test, "EVERY", (case,))
     ops.self_test()
@@ -182,6 +177,9 @@ def test_a_wrong_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_kernels_cannot_do_is_refused() -> None:
-    projected, mask = torch.ones(1, 2, 3, 4, 1, 16, dtype=torch.float64), torch.ones(1, 2, 3)
+    projected, gate_bias, mask = (
+        torch.ones(shape, dtype=torch.float64)
+        for shape in ((1, 2, 3, 4, 1, 16), (1, 16), (1, 2, 3))
+    )
     with pytest.raises(ops.UnsupportedOp, match=r"gated_attention\(torch.float64\[1, 2, 3, 4"):
-        ops.gated_attention(projected, mask, implementation="triton")
+        ops.gated_attention(projected, gate_bias, mask, implementation="triton")

@@ -85,13 +85,6 @@ def test_transition() -> None:
     check(run, test_kernels_rows.transition_arrays((2, 5, 24), 40, seed=0))
 
 
-def test_attention_projection() -> None:
-    def run(implementation: str, **arrays: jax.Array) -> jax.Array:
-        return ops.attention_projection(**arrays, implementation=implementation)
-
-    check(run, test_kernels_rows.projection_arrays((2, 5, 7), 16, (3, 8)))
-
-
 @pytest.mark.parametrize("shared", [0, 1, 2])
 def test_linear_update(shared: int) -> None:
     def run(implementation: str, **given: jax.Array) -> jax.Array:

@@ -76,30 +76,3 @@ def test_transition(shape: tuple[int, ...], f: int, residual: bool) -> None:
 def test_transition_in_bfloat16() -> None:
     arrays = transition_arrays((48, 32), 64, seed=3)
     kernel_checks.check(transition(residual=True), arrays, torch.bfloat16)
-
-
-def projection(implementation: str, **arrays: Tensor) -> Tensor:
-    return ops.attention_projection(**arrays, implementation=implementation)
-
-
-def projection_arrays(rows: tuple[int, ...], c: int, head: tuple[int, int]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(c)
-    return {
-        "x": normal(generator, *rows, c),
-        "weights": normal(generator, c, 4, *head, scale=c**-0.5),
-        "gate_bias": normal(generator, *head),
-        "seed": normal(generator, *rows, 4, *head) + 0.1,
-    }
-
-
-@pytest.mark.parametrize(
-    ("rows", "c", "head"),
-    [((1, 1, 1), 8, (1, 8)), ((2, 5, 37), 24, (3, 5)), ((1, 16, 9), 16, (2, 64))],
-    ids=str,
-)
-def test_attention_projection(rows: tuple[int, ...], c: int, head: tuple[int, int]) -> None:
-    kernel_checks.check(projection, projection_arrays(rows, c, head))
-
-
-def test_attention_projection_in_bfloat16() -> None:
-    kernel_checks.check(projection, projection_arrays((1, 12, 16), 32, (2, 16)), torch.bfloat16)

@@ -5,14 +5,20 @@ from torch import Tensor
 
 from foldcore.kernels import attention, attention_backward, attention_long
 from foldcore.kernels.attention_tiles import Problem
+from torchfold._rows import sum_columns
 from torchfold._triton import architecture, call, dtype_name
 
 
 def gated_attention(
-    projected: Tensor, mask: Tensor, bias: Tensor | None, axis: int, scale: float
+    projected: Tensor,
+    gate_bias: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    axis: int,
+    scale: float,
 ) -> Tensor:
     """``ops.gated_attention`` by kernels, forward and backward."""
-    return _forward(projected, mask, bias, axis, scale)[0]
+    return _forward(projected, gate_bias, mask, bias, axis, scale)[0]
 
 
 def _problem(projected: Tensor, bias: Tensor | None, axis: int, scale: float) -> Problem:
@@ -28,16 +34,26 @@ def _problem(projected: Tensor, bias: Tensor | None, axis: int, scale: float) ->
 
 @torch.library.custom_op("twinfold::gated_attention", mutates_args=())
 def _forward(
-    projected: Tensor, mask: Tensor, bias: Tensor | None, axis: int, scale: float
+    projected: Tensor,
+    gate_bias: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    axis: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     launch = attention.forward(_problem(projected, bias, axis, scale))
-    output, logsumexp = call(launch, projected, mask, mask if bias is None else bias)
+    output, logsumexp = call(launch, projected, gate_bias, mask, mask if bias is None else bias)
     return output, logsumexp
 
 
 @_forward.register_fake
 def _(
-    projected: Tensor, mask: Tensor, bias: Tensor | None, axis: int, scale: float
+    projected: Tensor,
+    gate_bias: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    axis: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     b, s, r, _, h, d = projected.shape
     groups, length = (s, r) if axis == 2 else (r, s)
@@ -48,6 +64,7 @@ def _(
 @torch.library.custom_op("twinfold::gated_attention_backward", mutates_args=())
 def _backward(
     projected: Tensor,
+    gate_bias: Tensor,
     mask: Tensor,
     bias: Tensor | None,
     output: Tensor,
@@ -55,28 +72,30 @@ def _backward(
     grad: Tensor,
     axis: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of projections and bias; the latter is empty without a bias."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of projections, gate bias and bias; the last is empty without a bias."""
     problem = _problem(projected, bias, axis, scale)
-    inputs = (projected, mask, mask if bias is None else bias)
+    inputs = (projected, gate_bias, mask, mask if bias is None else bias)
     if problem.whole:
         launch = attention_backward.whole_grad(problem)
-        projected_grad, delta = call(launch, *inputs, output, logsumexp, grad)
+        projected_grad, delta, sums = call(launch, *inputs, output, logsumexp, grad)
     else:
         launch = attention_long.query_grad(problem)
-        first, delta = call(launch, *inputs, output, logsumexp, grad)
+        first, delta, sums = call(launch, *inputs, output, logsumexp, grad)
         launch = attention_long.key_value_grad(problem)
         (second,) = call(launch, *inputs, logsumexp, delta, grad)
         projected_grad = torch.cat([first, second], dim=3)
+    gradients = projected_grad, sum_columns(sums, gate_bias).view(gate_bias.shape)
     if bias is None:
-        return projected_grad, projected.new_empty(0)
+        return *gradients, projected.new_empty(0)
     (parts,) = call(attention_backward.bias_grad(problem), *inputs, logsumexp, delta, grad)
-    return projected_grad, parts.sum(0).to(bias.dtype)
+    return *gradients, parts.sum(0).to(bias.dtype)
 
 
 @_backward.register_fake
 def _(
     projected: Tensor,
+    gate_bias: Tensor,
     mask: Tensor,
     bias: Tensor | None,
     output: Tensor,
@@ -84,23 +103,24 @@ def _(
     grad: Tensor,
     axis: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     bias_grad = projected.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return projected.new_empty(projected.shape), bias_grad
+    return projected.new_empty(projected.shape), gate_bias.new_empty(gate_bias.shape), bias_grad
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    projected, mask, bias, ctx.axis, ctx.scale = inputs
+    projected, gate_bias, mask, bias, ctx.axis, ctx.scale = inputs
     ctx.set_materialize_grads(False)  # of the sums of exponentials, which have none
-    ctx.save_for_backward(projected, mask, bias, *output)
+    ctx.save_for_backward(projected, gate_bias, mask, bias, *output)
 
 
 def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
-    projected, mask, bias, output, logsumexp = ctx.saved_tensors
-    projected_grad, bias_grad = _backward(
-        projected, mask, bias, output, logsumexp, grad, ctx.axis, ctx.scale
+    *saved, bias, output, logsumexp = ctx.saved_tensors
+    projected_grad, gate_bias_grad, bias_grad = _backward(
+        *saved, bias, output, logsumexp, grad, ctx.axis, ctx.scale
     )
-    return projected_grad, None, None if bias is None else bias_grad, None, None
+    bias_grad = None if bias is None else bias_grad
+    return projected_grad, gate_bias_grad, None, bias_grad, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

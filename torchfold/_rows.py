@@ -5,7 +5,7 @@ from torch import Tensor
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels.rows import column_sums, slice_sums
+from foldcore.kernels.rows import column_sums
 from torchfold._triton import architecture, call, dtype_name
 
 
@@ -155,51 +155,3 @@ def _transition_gradients(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 transition.register_autograd(_transition_gradients, setup_context=_save_transition)
-
-
-# What attention reads ----------------------------------------------------------------------------
-
-
-@torch.library.custom_op("twinfold::attention_projection", mutates_args=())
-def attention_projection(x: Tensor, weights: Tensor, gate_bias: Tensor) -> Tensor:
-    """Query, gate, key and value of each row."""
-    c, parts, *head = weights.shape
-    bias = weights.new_zeros((parts, *head))
-    bias[1] = gate_bias
-    product = torch.addmm(bias.ravel(), x.reshape(-1, c), weights.view(c, -1))
-    return product.view(*x.shape[:-1], parts, *head)
-
-
-@attention_projection.register_fake
-def _(x: Tensor, weights: Tensor, gate_bias: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], *weights.shape[1:]))
-
-
-@torch.library.custom_op("twinfold::attention_projection_backward", mutates_args=())
-def _attention_projection_backward(
-    grad: Tensor, x: Tensor, weights: Tensor, gate_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weights and bias."""
-    rows, flat = grad.reshape(x.numel() // x.shape[-1], -1), weights.view(len(weights), -1)
-    x_grad, weights_grad = rows @ flat.T, x.reshape(len(rows), -1).T @ rows
-    (n, width), m = rows.shape, gate_bias.numel()
-    (sums,) = call(slice_sums(n, width, m, m, architecture(x.device)), rows)
-    bias_grad = sum_columns(sums, gate_bias)
-    return x_grad.view(x.shape), weights_grad.view(weights.shape), bias_grad.view(gate_bias.shape)
-
-
-@_attention_projection_backward.register_fake
-def _(grad: Tensor, x: Tensor, weights: Tensor, gate_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x_grad, weights_grad, bias_grad = (a.new_empty(a.shape) for a in (x, weights, gate_bias))
-    return x_grad, weights_grad, bias_grad
-
-
-def _save_projection(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _projection_gradients(ctx, grad):  # type: ignore[no-untyped-def]
-    return _attention_projection_backward(grad, *ctx.saved_tensors)
-
-
-attention_projection.register_autograd(_projection_gradients, setup_context=_save_projection)

@@ -129,7 +129,8 @@ def _gather_once(
 
 
 def gated_attention(
-    projected: Float[Tensor, "b s r p h d"],
+    projected: Float[Tensor, "b s r 4 h d"],
+    gate_bias: Float[Tensor, "h d"],
     mask: Float[Tensor, "b s r"],
     bias: Float[Tensor, "b h n n"] | None = None,
     *,
@@ -139,38 +140,21 @@ def gated_attention(
 ) -> Float[Tensor, "b s r h d"]:
     """Attention within rows (axis 2) or columns (axis 1), then a gate (Suppl. Alg. 7, 8, 13, 14).
 
-    ``projected`` holds query, gate, key and value of each position, or query, key and value where
-    there is no gate; the gate is what a sigmoid is applied to. ``scale`` multiplies the queries.
+    ``projected`` holds query, gate, key and value of each position; a sigmoid is applied to the sum
+    of gate and ``gate_bias``, taken in at least float32. ``scale`` multiplies the queries.
     """
     if _kernel_runs("gated_attention", implementation, projected):
         from torchfold import _attention
 
-        return _attention.gated_attention(projected, mask, bias, axis, scale)
+        return _attention.gated_attention(projected, gate_bias, mask, bias, axis, scale)
     if axis == 1:
         projected, mask = projected.transpose(1, 2), mask.transpose(1, 2)
-    query, *gate, key, value = projected.unbind(3)
+    query, gate, key, value = projected.unbind(3)
     gathered = _gather(query, key, value, mask, bias, scale)
-    if gate:
-        gathered = gathered * torch.sigmoid(gate[0].to(gathered.dtype))
-    output = gathered.to(projected.dtype)
+    wide = gathered.dtype
+    opened = torch.sigmoid(gate.to(wide) + gate_bias.to(wide))
+    output = (gathered * opened).to(projected.dtype)
     return output.transpose(1, 2) if axis == 1 else output
-
-
-def attention_projection(
-    x: Float[Tensor, "b s r c"],
-    weights: Float[Tensor, "c 4 h d"],
-    gate_bias: Float[Tensor, "h d"],
-    *,
-    implementation: str | None = None,
-) -> Float[Tensor, "b s r 4 h d"]:
-    """Query, gate, key and value of each position by one product; only the gate has a bias."""
-    if _kernel_runs("attention_projection", implementation, x):
-        from torchfold import _rows
-
-        return _rows.attention_projection(x, weights, gate_bias)
-    none = torch.zeros_like(gate_bias)
-    offsets = torch.stack([none, gate_bias, none, none])
-    return F.linear(x, weights.flatten(1).T, offsets.flatten()).unflatten(-1, offsets.shape)
 
 
 def _gather(

@@ -110,9 +110,11 @@ class Attention(nn.Module):
         """
         weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
         packed = torch.stack(weights, dim=1)
-        projected = ops.attention_projection(x, packed, self.gating_b)
-        c_hidden = self.query_w.shape[-1]
-        gathered = ops.gated_attention(projected, mask, bias, axis=axis, scale=c_hidden**-0.5)
+        c_hidden = packed.shape[-1]
+        projected = (x @ packed.flatten(1)).unflatten(-1, packed.shape[1:])
+        gathered = ops.gated_attention(
+            projected, self.gating_b, mask, bias, axis=axis, scale=c_hidden**-0.5
+        )
         return _project(gathered, self.output_w, self.output_b, x, base, factor)
 
 

@@ -1,7 +1,7 @@
 """Gated self-attention with key mask and pair bias (Suppl. Alg. 7, 8, 13, 14): the forward pass.
 
 All four projections of a position arrive side by side, as one matrix product leaves them, in the
-order query, gate, key, value; without a gate there are three. Positions form a table [s r]; a group
+order query, gate, key, value; the gate's bias is added here. Positions form a table [s r]; a group
 attends within itself and is a row of it (axis 2) or a column (axis 1), which costs nothing, as a
 head of a position fills whole memory sectors either way. Scores never leave the chip.
 
@@ -18,6 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # The logit of a masked key. So low that adding it to any other logit gives this very number:
 # a query without any key attends to all alike.
 MASKED = tl.constexpr(-1e30)
+PARTS = tl.constexpr(4)  # query, gate, key, value
 
 
 @triton.jit
@@ -56,13 +57,10 @@ def store_tile(
 
 
 @triton.jit
-def load_bias(base_ptr, query, key, LENGTH: tl.constexpr, EVEN: tl.constexpr):
-    """One head's bias where ``query`` and ``key``, one a row and one a column, meet.
-
-    ``EVEN`` says that none is beyond the length.
-    """
+def load_bias(base_ptr, query, key, LENGTH: tl.constexpr):
+    """One head's bias where ``query`` and ``key``, one a row and one a column, meet."""
     pointers = base_ptr + query * LENGTH + key
-    if EVEN:
+    if LENGTH % pointers.shape[0] == 0 and LENGTH % pointers.shape[1] == 0:
         bias = tl.load(pointers)
     else:
         bias = tl.load(pointers, mask=(query < LENGTH) & (key < LENGTH), other=0.0)
@@ -82,13 +80,26 @@ def key_summand(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr, HIDD
 
 
 @triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp2(x.to(tl.float32) * -LOG2_E))
+def load_gate(
+    gate_ptr,
+    gate_bias_ptr,
+    rows,
+    STRIDE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """How far the gate of one head is open, between 0 and 1."""
+    gate = load_tile(gate_ptr, rows, STRIDE, LIMIT, WIDTH, BLOCK_D).to(tl.float32)
+    channels = tl.arange(0, BLOCK_D)
+    bias = tl.load(gate_bias_ptr + channels, mask=channels < WIDTH, other=0.0).to(tl.float32)
+    return 1 / (1 + tl.exp2((gate + bias[None, :]) * -LOG2_E))
 
 
 @triton.jit
 def forward_kernel(
-    projected_ptr,  # [b s r parts h d]
+    projected_ptr,  # [b s r 4 h d]
+    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     output_ptr,  # [b s r h d]
@@ -98,7 +109,6 @@ def forward_kernel(
     LENGTH: tl.constexpr,
     GROUP_STEP: tl.constexpr,  # positions from one group to the next
     STEP: tl.constexpr,  # positions from one member of a group to the next
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,7 +119,6 @@ def forward_kernel(
 ):
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
-    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
     tiles = tl.cdiv(LENGTH, BLOCK_Q)
     head = tl.program_id(0) // tiles
     query = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -125,12 +134,12 @@ def forward_kernel(
         gathered = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for start in range(0, LENGTH, BLOCK_K):
             key = start + tl.arange(0, BLOCK_K)
-            k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+            k_ptr = base_ptr + 2 * CHANNELS
             k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
             v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
             summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[None, :]
             if HAS_BIAS:
-                bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
+                bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
                 summand = bias * LOG2_E + summand
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E) + summand
             higher = tl.maximum(highest, tl.max(logits, 1))
@@ -140,10 +149,9 @@ def forward_kernel(
             gathered = gathered * shrink[:, None]
             gathered = tl.dot(weights.to(v.dtype), v, gathered, input_precision="ieee")
             highest = higher
-        output = gathered / total[:, None]
-        if PARTS == 4:
-            gate = load_tile(base_ptr + CHANNELS, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
-            output *= sigmoid(gate)
+        gate_bias = gate_bias_ptr + head * WIDTH
+        gate = load_gate(base_ptr + CHANNELS, gate_bias, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        output = gathered / total[:, None] * gate
         out_ptr = output_ptr + position * CHANNELS + head * WIDTH
         store_tile(out_ptr, query, output, STEP * CHANNELS, LENGTH, WIDTH)
         lse_ptr = logsumexp_ptr + ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
@@ -154,7 +162,7 @@ def forward_kernel(
 
 
 def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, mask, bias) -> (output, logsumexp)."""
+    """(projected, gate bias, mask, bias) -> (output, logsumexp)."""
     tiles = tiles or choose("forward", problem)
     blocks = tiles.fit(problem.length)
     programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])

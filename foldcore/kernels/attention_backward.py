@@ -1,11 +1,12 @@
 """Gated self-attention with key mask and pair bias: the gradients.
 
-The weights come back from the saved logsumexp; the scores' gradients never leave the chip. Three
-facts keep traffic low. With o = attention, s = sigmoid(gate) and output y = o s, the gate's
-gradient dy o s (1 - s) is dy y (1 - s), and the row sums of do * o that softmax's gradient needs
-are those of dy * y: o is never read. A program that holds all keys of a group and head finishes
-the gradient of its queries tile by tile in the same pass. And the bias, shared by all groups,
-has a tile of its gradient stay on chip while its program walks through the groups.
+The weights come back from the saved logsumexp; the scores' gradients never leave the chip. Four
+facts keep traffic low. With o = attention, s the open gate and output y = o s, the gradient of what
+the gate is the sigmoid of, dy o s (1 - s), is dy y (1 - s), and the row sums of do * o that
+softmax's gradient needs are those of dy * y: o is never read. A program that holds all keys of a
+group and head finishes the gradient of its queries tile by tile in the same pass. It sums the
+gradient of the gate on its way, for the gate's bias. And the bias, shared by all groups, has a
+tile of its gradient stay on chip while its program walks through the groups.
 """
 
 import triton
@@ -14,10 +15,11 @@ import triton.language as tl
 from foldcore.kernels.attention import (
     LOG2_E,
     MASKED,
+    PARTS,
     key_summand,
     load_bias,
+    load_gate,
     load_tile,
-    sigmoid,
     store_tile,
 )
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
@@ -28,20 +30,17 @@ from foldcore.kernels.launch import Launch, Output, cdiv
 def load_output_grad(
     grad_ptr,
     gate_ptr,
+    gate_bias_ptr,
     rows,
     STRIDE: tl.constexpr,
-    GATE_STRIDE: tl.constexpr,
     LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GATED: tl.constexpr,
 ):
     """Gradient of what was gathered, before the gate."""
     grad = load_tile(grad_ptr, rows, STRIDE, LIMIT, WIDTH, BLOCK_D)
-    if GATED:
-        gate = load_tile(gate_ptr, rows, GATE_STRIDE, LIMIT, WIDTH, BLOCK_D)
-        grad = (grad.to(tl.float32) * sigmoid(gate)).to(grad.dtype)
-    return grad
+    gate = load_gate(gate_ptr, gate_bias_ptr, rows, PARTS * STRIDE, LIMIT, WIDTH, BLOCK_D)
+    return (grad.to(tl.float32) * gate).to(grad.dtype)
 
 
 @triton.jit
@@ -57,43 +56,49 @@ def output_terms(
     output_ptr,
     grad_ptr,
     gate_ptr,
+    gate_bias_ptr,
     gate_grad_ptr,
     query,
     STRIDE: tl.constexpr,
-    GATE_STRIDE: tl.constexpr,
     GATE_GRAD_STRIDE: tl.constexpr,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GATED: tl.constexpr,
 ):
-    """Gradient of what was gathered, its row sums with it; stores the gradient of the gate."""
+    """Gradients of what was gathered, its row sums with it, and of the gate, which it stores."""
     y = load_tile(output_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
     dy = load_tile(grad_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
     product = y.to(tl.float32) * dy.to(tl.float32)
-    if GATED:
-        opened = sigmoid(load_tile(gate_ptr, query, GATE_STRIDE, LENGTH, WIDTH, BLOCK_D))
-        store_tile(gate_grad_ptr, query, product * (1 - opened), GATE_GRAD_STRIDE, LENGTH, WIDTH)
-        dy = (dy.to(tl.float32) * opened).to(dy.dtype)
-    return dy, tl.sum(product, 1)
+    gate = load_gate(gate_ptr, gate_bias_ptr, query, PARTS * STRIDE, LENGTH, WIDTH, BLOCK_D)
+    gate_grad = product * (1 - gate)
+    store_tile(gate_grad_ptr, query, gate_grad, GATE_GRAD_STRIDE, LENGTH, WIDTH)
+    return (dy.to(tl.float32) * gate).to(dy.dtype), tl.sum(product, 1), gate_grad
+
+
+@triton.jit
+def store_sums(sums_ptr, tile, WIDTH: tl.constexpr):
+    """The sums of a tile's columns."""
+    channels = tl.arange(0, tile.shape[1])
+    tl.store(sums_ptr + channels, tl.sum(tile, 0), mask=channels < WIDTH)
 
 
 @triton.jit
 def whole_grad_kernel(
-    projected_ptr,  # [b s r parts h d]
+    projected_ptr,  # [b s r 4 h d]
+    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     output_ptr,  # [b s r h d]
     logsumexp_ptr,  # [b g h q]
     grad_ptr,  # [b s r h d], of the output
-    projected_grad_ptr,  # [b s r parts h d]
+    projected_grad_ptr,  # [b s r 4 h d]
     delta_ptr,  # [b g h q], row sums of grad * output
+    gate_sums_ptr,  # [b g h d], sums of the gate's gradient over the positions of a group
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP_STEP: tl.constexpr,
     STEP: tl.constexpr,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -104,17 +109,14 @@ def whole_grad_kernel(
     """All keys of one group and head on chip, over tiles of queries; scores are [keys, queries]."""
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
-    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
-    head = tl.program_id(0)
-    group = tl.program_id(1)
-    batch = tl.program_id(2)
+    head, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
     base = position * (PARTS * CHANNELS) + head * WIDTH
     out = position * CHANNELS + head * WIDTH
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
-    first_statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
-    K_PART: tl.constexpr = (PARTS - 2) * CHANNELS
-
+    row = (batch * GROUPS + group).to(tl.int64)
+    first_statistic = (row * HEADS + head) * LENGTH
+    K_PART: tl.constexpr = 2 * CHANNELS
     key = tl.arange(0, BLOCK_K)
     k = load_tile(projected_ptr + base + K_PART, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
     v = load_tile(projected_ptr + base + K_PART + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
@@ -123,30 +125,31 @@ def whole_grad_kernel(
     slope = tl.where(empty, 0.0, SCALE)  # the logits of masked keys are fixed
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    gate_grads = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         inside = query < LENGTH
         q = load_tile(projected_ptr + base, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
-        do, delta = output_terms(
+        do, delta, gate_grad = output_terms(
             output_ptr + out,
             grad_ptr + out,
             projected_ptr + base + CHANNELS,
+            gate_bias_ptr + head * WIDTH,
             projected_grad_ptr + base + CHANNELS,
             query,
             STEP * CHANNELS,
             STRIDE,
-            STRIDE,
             LENGTH,
             WIDTH,
             BLOCK_D,
-            PARTS == 4,
         )
+        gate_grads += gate_grad
         tl.store(delta_ptr + first_statistic + query, delta, mask=inside)
         lse_ptr = logsumexp_ptr + first_statistic
         logsumexp = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
         shift = summand
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH, EVEN)
+            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH)
             shift = bias * LOG2_E + summand
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E) + shift
         weights = tl.exp2(logits - logsumexp[None, :])
@@ -159,11 +162,13 @@ def whole_grad_kernel(
     dv *= tl.where(empty, 1 / LENGTH, 1.0)
     store_tile(projected_grad_ptr + base + K_PART, key, dk * slope, STRIDE, LENGTH, WIDTH)
     store_tile(projected_grad_ptr + base + K_PART + CHANNELS, key, dv, STRIDE, LENGTH, WIDTH)
+    store_sums(gate_sums_ptr + row * CHANNELS + head * WIDTH, gate_grads, WIDTH)
 
 
 @triton.jit
 def bias_grad_kernel(
-    projected_ptr,  # [b s r parts h d]
+    projected_ptr,  # [b s r 4 h d]
+    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     logsumexp_ptr,  # [b g h q]
@@ -175,7 +180,6 @@ def bias_grad_kernel(
     LENGTH: tl.constexpr,
     GROUP_STEP: tl.constexpr,
     STEP: tl.constexpr,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -187,7 +191,6 @@ def bias_grad_kernel(
     """One tile of the bias, over a chunk of the groups."""
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
-    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
     tiles = tl.cdiv(LENGTH, BLOCK_K)
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
@@ -196,12 +199,12 @@ def bias_grad_kernel(
     first = tl.program_id(1) * GROUPS_A_PROGRAM
     batch = tl.program_id(2)
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
-    bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
+    bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for group in range(first, tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)):
         position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
         base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
-        k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+        k_ptr = base_ptr + 2 * CHANNELS
         statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH + query
         q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
         k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
@@ -209,13 +212,12 @@ def bias_grad_kernel(
         do = load_output_grad(
             grad_ptr + position * CHANNELS + head * WIDTH,
             base_ptr + CHANNELS,
+            gate_bias_ptr + head * WIDTH,
             query,
             STEP * CHANNELS,
-            STRIDE,
             LENGTH,
             WIDTH,
             BLOCK_D,
-            PARTS == 4,
         )
         logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
@@ -236,13 +238,20 @@ def bias_grad_kernel(
 
 
 def whole_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, mask, bias, output, logsumexp, grad) -> (gradient of projected, delta)."""
+    """(projected, gate bias, mask, bias, output, logsumexp, grad) -> gradients and delta.
+
+    (gradient of projected, delta, parts of the gate bias's gradient to sum).
+    """
     tiles = tiles or choose("whole_grad", problem)
     blocks = tiles.fit(problem.length)
     return Launch(
         kernel=whole_grad_kernel,
         grid=(problem.heads, problem.groups, problem.batch),
-        outputs=(Output(problem.shape, problem.dtype), problem.statistics),
+        outputs=(
+            Output(problem.shape, problem.dtype),
+            problem.statistics,
+            problem.gate_sums(tiles=1),
+        ),
         constants=problem.constants() | blocks,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -250,7 +259,7 @@ def whole_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
 
 
 def bias_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, mask, bias, logsumexp, delta, grad) -> parts of the bias's gradient to sum."""
+    """(projected, gate bias, mask, bias, logsumexp, delta, grad) -> parts of the bias's to sum."""
     tiles = tiles or choose("bias_grad", problem)
     blocks = tiles.fit(problem.length)
     chunks = cdiv(problem.groups, tiles.groups)

@@ -7,11 +7,20 @@ queries and gate, and once more for those of keys and values.
 import triton
 import triton.language as tl
 
-from foldcore.kernels.attention import LOG2_E, MASKED, key_summand, load_bias, load_tile, store_tile
+from foldcore.kernels.attention import (
+    LOG2_E,
+    MASKED,
+    PARTS,
+    key_summand,
+    load_bias,
+    load_tile,
+    store_tile,
+)
 from foldcore.kernels.attention_backward import (
     empty_group,
     load_output_grad,
     output_terms,
+    store_sums,
 )
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
 from foldcore.kernels.launch import Launch, Output, cdiv, next_power_of_2
@@ -19,20 +28,21 @@ from foldcore.kernels.launch import Launch, Output, cdiv, next_power_of_2
 
 @triton.jit
 def query_grad_kernel(
-    projected_ptr,  # [b s r parts h d]
+    projected_ptr,  # [b s r 4 h d]
+    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     output_ptr,  # [b s r h d]
     logsumexp_ptr,  # [b g h q]
     grad_ptr,  # [b s r h d], of the output
-    query_grad_ptr,  # [b s r parts-2 h d], of query and gate
+    query_grad_ptr,  # [b s r 2 h d], of query and gate
     delta_ptr,  # [b g h q], row sums of grad * output
+    gate_sums_ptr,  # [b g tiles h d], sums of the gate's gradient over the positions of a tile
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     LENGTH: tl.constexpr,
     GROUP_STEP: tl.constexpr,
     STEP: tl.constexpr,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -43,8 +53,7 @@ def query_grad_kernel(
     """Where keys do not fit on chip: one tile of queries, over all keys."""
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
-    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
-    OUT_STRIDE: tl.constexpr = STEP * (PARTS - 2) * CHANNELS
+    OUT_STRIDE: tl.constexpr = STEP * 2 * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_Q)
     head = tl.program_id(0) // tiles
     query = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -53,37 +62,38 @@ def query_grad_kernel(
     position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
     base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
-    query_grad_ptr += position * ((PARTS - 2) * CHANNELS) + head * WIDTH
+    query_grad_ptr += position * (2 * CHANNELS) + head * WIDTH
     statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH + query
     inside = query < LENGTH
 
     q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
-    do, delta = output_terms(
+    do, delta, gate_grad = output_terms(
         output_ptr + position * CHANNELS + head * WIDTH,
         grad_ptr + position * CHANNELS + head * WIDTH,
         base_ptr + CHANNELS,
+        gate_bias_ptr + head * WIDTH,
         query_grad_ptr + CHANNELS,
         query,
         STEP * CHANNELS,
-        STRIDE,
         OUT_STRIDE,
         LENGTH,
         WIDTH,
         BLOCK_D,
-        PARTS == 4,
     )
+    tile = (batch * GROUPS + group).to(tl.int64) * tiles + tl.program_id(0) % tiles
+    store_sums(gate_sums_ptr + tile * CHANNELS + head * WIDTH, gate_grad, WIDTH)
     tl.store(delta_ptr + statistic, delta, mask=inside)
     logsumexp = tl.load(logsumexp_ptr + statistic, mask=inside, other=float("inf"))
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+        k_ptr = base_ptr + 2 * CHANNELS
         k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
         v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
         # no weight for masked keys even of a query without any other: their logits are fixed
         summand = key_summand(mask_ptr + position, key, STEP, LENGTH, float("-inf"))[None, :]
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH, EVEN)
+            bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
             summand = bias * LOG2_E + summand
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E) + summand
         weights = tl.exp2(logits - logsumexp[:, None])
@@ -95,7 +105,8 @@ def query_grad_kernel(
 
 @triton.jit
 def key_value_grad_kernel(
-    projected_ptr,  # [b s r parts h d]
+    projected_ptr,  # [b s r 4 h d]
+    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     logsumexp_ptr,  # [b g h q]
@@ -107,7 +118,6 @@ def key_value_grad_kernel(
     LENGTH: tl.constexpr,
     GROUP_STEP: tl.constexpr,
     STEP: tl.constexpr,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,7 +129,6 @@ def key_value_grad_kernel(
     """One tile of keys, over all queries; scores are [keys, queries]."""
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
-    EVEN: tl.constexpr = LENGTH % BLOCK_Q == 0 and LENGTH % BLOCK_K == 0
     tiles = tl.cdiv(LENGTH, BLOCK_K)
     head = tl.program_id(0) // tiles
     key = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -130,7 +139,7 @@ def key_value_grad_kernel(
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     first_statistic = ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
 
-    k_ptr = base_ptr + (PARTS - 2) * CHANNELS
+    k_ptr = base_ptr + 2 * CHANNELS
     k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
     v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
     summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[:, None]
@@ -144,20 +153,19 @@ def key_value_grad_kernel(
         do = load_output_grad(
             grad_ptr + position * CHANNELS + head * WIDTH,
             base_ptr + CHANNELS,
+            gate_bias_ptr + head * WIDTH,
             query,
             STEP * CHANNELS,
-            STRIDE,
             LENGTH,
             WIDTH,
             BLOCK_D,
-            PARTS == 4,
         )
         statistic = first_statistic + query
         logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
         shift = summand
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH, EVEN)
+            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH)
             shift = bias * LOG2_E + summand
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E) + shift
         weights = tl.exp2(logits - logsumexp[None, :])
@@ -175,18 +183,23 @@ def key_value_grad_kernel(
 
 
 def query_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, mask, bias, output, logsumexp, grad) -> (gradient of query and gate, delta)."""
+    """As ``attention_backward.whole_grad``, for query and gate."""
     tiles = tiles or choose("query_grad", problem)
     blocks = tiles.fit(problem.length)
-    shape = (*problem.shape[:3], problem.parts - 2, *problem.shape[4:])
+    shape = (*problem.shape[:3], 2, *problem.shape[4:])
+    query_tiles = cdiv(problem.length, blocks["BLOCK_Q"])
     return Launch(
         kernel=query_grad_kernel,
         grid=(
-            problem.heads * cdiv(problem.length, blocks["BLOCK_Q"]),
+            problem.heads * query_tiles,
             problem.groups,
             problem.batch,
         ),
-        outputs=(Output(shape, problem.dtype), problem.statistics),
+        outputs=(
+            Output(shape, problem.dtype),
+            problem.statistics,
+            problem.gate_sums(query_tiles),
+        ),
         constants=problem.constants() | blocks,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -194,7 +207,7 @@ def query_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
 
 
 def key_value_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, mask, bias, logsumexp, delta, grad) -> gradient of key and value."""
+    """(projected, gate bias, mask, bias, logsumexp, delta, grad) -> gradient of key and value."""
     tiles = tiles or choose("key_value_grad", problem)
     blocks = tiles.fit(problem.length)
     shape = (*problem.shape[:3], 2, *problem.shape[4:])

@@ -10,7 +10,7 @@ WHOLE_LIMIT = 256  # most keys that one backward program holds on chip
 
 @dataclass(frozen=True)
 class Problem:
-    """The projections' shape [b s r parts h d] and what goes with them.
+    """The projections' shape [b s r 4 h d] and what goes with them.
 
     ``axis`` 2 attends along rows, 1 along columns. dtypes are names, such as "bfloat16".
     """
@@ -35,10 +35,6 @@ class Problem:
         return self.shape[self.axis]
 
     @property
-    def parts(self) -> int:
-        return self.shape[3]
-
-    @property
     def heads(self) -> int:
         return self.shape[4]
 
@@ -61,6 +57,11 @@ class Problem:
         """One number for each query."""
         return Output((self.batch, self.groups, self.heads, self.length), "float32")
 
+    def gate_sums(self, tiles: int) -> Output:
+        """Sums of the gate's gradient over so many tiles of a group's positions."""
+        rows = self.batch * self.groups * tiles
+        return Output((rows, self.heads * self.width), "float32")
+
     def constants(self) -> dict[str, Any]:
         """What every kernel is told."""
         columns = self.shape[2]
@@ -70,7 +71,6 @@ class Problem:
             "LENGTH": self.length,
             "GROUP_STEP": columns if self.axis == 2 else 1,
             "STEP": 1 if self.axis == 2 else columns,
-            "PARTS": self.parts,
             "HEADS": self.heads,
             "WIDTH": self.width,
             "BLOCK_D": self.padded_width,

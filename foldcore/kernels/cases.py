@@ -137,17 +137,27 @@ _TRIANGLE = {
 CASES = (
     Case(
         "gated_attention",
-        {"projected": (1, 9, 200, 4, 2, 32), "mask": (1, 9, 200), "bias": (1, 2, 200, 200)},
+        {
+            "projected": (1, 9, 200, 4, 2, 32),
+            "gate_bias": (2, 32),
+            "mask": (1, 9, 200),
+            "bias": (1, 2, 200, 200),
+        },
         {"axis": 2, "scale": 0.2},
     ),
     Case(
         "gated_attention",
-        {"projected": (1, 128, 9, 4, 2, 32), "mask": (1, 128, 9)},
+        {"projected": (1, 128, 9, 4, 2, 32), "gate_bias": (2, 32), "mask": (1, 128, 9)},
         {"axis": 1, "scale": 0.2},
     ),
     Case(
         "gated_attention",
-        {"projected": (1, 3, 264, 4, 2, 16), "mask": (1, 3, 264), "bias": (1, 2, 264, 264)},
+        {
+            "projected": (1, 3, 264, 4, 2, 16),
+            "gate_bias": (2, 16),
+            "mask": (1, 3, 264),
+            "bias": (1, 2, 264, 264),
+        },
         {"axis": 2, "scale": 0.2},
     ),
     Case(
@@ -159,10 +169,6 @@ CASES = (
             "weights": (16, 16, C),
             "bias": (C,),
         },
-    ),
-    Case(
-        "attention_projection",
-        {"x": (1, 10, 30, C), "weights": (C, 4, 2, 16), "gate_bias": (2, 16)},
     ),
     Case("layer_norm", {"x": (300, 128), "scale": (128,), "offset": (128,)}),
     Case(
