@@ -1,20 +1,26 @@
-"""How JAX launches a Triton kernel: the one file that knows jax-triton."""
+"""How JAX launches a Triton kernel: the one file that knows jax-triton.
+
+jax-triton's ``triton_call`` stands in a traced program; what becomes of it is ours: a custom call
+that names a kernel, and ``_launch.c``, which launches it.
+"""
 
 import functools
 import os
 import threading
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
+from jax.interpreters import mlir
 
 from foldcore.kernels.launch import NEEDS_GPU, Launch
-from jaxfold._triton_cache import Kept
+from jaxfold._launcher import TARGET, add, launcher
+from jaxfold._triton_cache import Request, compiled
 from jaxfold.ops import UnsupportedOp
 
-_cache: Path | None = None  # where compiled kernels are kept
 _importing = threading.Lock()
 
 
@@ -34,15 +40,15 @@ def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
         grid=launch.grid,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        compute_capability=architecture(),
         input_output_aliases=dict(launch.in_place),
         **launch.constants,
     )
 
 
 def keep_in(folder: Path) -> None:
-    """Keep compiled kernels in this folder; to be called before the first kernel."""
-    global _cache
-    _cache = folder
+    """Keep compiled kernels in this folder, unless the environment names another for Triton."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
 
 
 @functools.cache
@@ -54,23 +60,25 @@ def _jax_triton() -> ModuleType:
     name = "TRITON_CACHE_DIR"
     folder = os.environ.get(name)
     import jax_triton
-    import triton
     from jax_triton import triton_lib
 
     del os.environ[name]
     if folder is not None:
         os.environ[name] = folder
-    if _cache is not None:
-        kept = Kept(
-            triton_lib.code_gen.ast_to_ttir,
-            triton_lib.compile_ttir_inplace,
-            _cache,
-            f"{triton.__version__} {jax_triton.__version__}",
-            triton_lib.CompilationResult,
-        )
-        triton_lib.code_gen = SimpleNamespace(ast_to_ttir=kept.make)
-        triton_lib.compile_ttir_inplace = kept.compile
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, _lower, platform="cuda")
     return jax_triton
+
+
+def _lower(context: mlir.LoweringRuleContext, *arrays: Any, **params: Any) -> Any:
+    """The custom call that launches the kernel, by now compiled and known to the launcher."""
+    request = Request.of(context.avals_in, params)
+    kernel = compiled(request)
+    add(launcher(), kernel)
+    aliases = dict(params["input_output_aliases"])
+    rule = jax.ffi.ffi_lowering(TARGET, operand_output_aliases=aliases)
+    grid = np.array([*params["grid"], 1, 1][:3], np.int32)
+    scalars = {"scalars": request.words()} if request.scalars else {}
+    return rule(context, *arrays, kernel=kernel.key, grid=grid, **scalars)
 
 
 @functools.cache

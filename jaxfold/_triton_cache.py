@@ -1,34 +1,129 @@
 """Compiling Triton kernels for JAX: all of a program's at once, and each only once on a machine.
 
-jax-triton compiles a kernel when it is lowered, one after another, and forgets it with the process.
+Triton's compiler does it, down to machine code, and keeps what it made on the disk.
 """
 
-import hashlib
-import json
+import functools
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-Step = Callable[..., Any]
-KEPT = {"binary", "name", "shared_mem_bytes", "ttgir", "llir", "ttir"}
+from jaxfold._launcher import Kernel
+
+PRIMITIVE = "triton_kernel_call"
+# as Triton writes what pointers point to
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "bool": "i1",
+    "int8": "i8",
+    "int32": "i32",
+    "int64": "i64",
+    "uint8": "u8",
+    "uint32": "u32",
+}
+# of a call by jax-triton; all its others are the kernel's constants
+PARAMETERS = frozenset(
+    "fn scalar_args name custom_call_target_name out_shapes grid num_warps num_stages num_ctas "
+    "compute_capability enable_fp_fusion input_output_aliases zeroed_outputs debug "
+    "serialized_metadata".split()
+)
 
 
-def compile_all(program: ClosedJaxpr, primitive: str = "triton_kernel_call") -> None:
+@dataclass(frozen=True)
+class Request:
+    """All that decides what a kernel is compiled to, and the values of its scalars."""
+
+    function: Any  # what triton.jit returns
+    types: tuple[str, ...]  # of inputs, scalars and outputs, as Triton writes them
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    architecture: int
+    scalars: tuple[int | float, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], params: Mapping[str, Any]) -> "Request":
+        """What a call by jax-triton asks for, with ``inputs`` of these abstract values."""
+        scalars = params["scalar_args"]
+        if [i for i, _, _ in scalars] != list(range(len(inputs), len(inputs) + len(scalars))):
+            raise ValueError(f"scalars of {params['name']} come after its arrays")
+        return cls(
+            params["fn"],
+            (
+                *(f"*{TYPES[x.dtype.name]}" for x in inputs),
+                *(kind for _, kind, _ in scalars),
+                *(f"*{TYPES[np.dtype(x.dtype).name]}" for x in params["out_shapes"]),
+            ),
+            tuple(sorted((k, v) for k, v in params.items() if k not in PARAMETERS)),
+            params["num_warps"],
+            params["num_stages"],
+            params["compute_capability"],
+            tuple(value for _, _, value in scalars),
+        )
+
+    def words(self) -> np.ndarray:
+        """The scalars in 8 bytes each, of which a kernel may read only the first 4."""
+        return np.array(
+            [np.float32(x).view(np.int32) if isinstance(x, float) else x for x in self.scalars],
+            np.int64,
+        )
+
+
+@functools.cache
+def compiled(request: Request) -> Kernel:
+    """The kernel: from Triton's folder, or compiled and kept there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = request.function.arg_names
+    constants = dict(request.constants)
+    arguments = dict(zip([n for n in names if n not in constants], request.types, strict=True))
+    source = ASTSource(
+        request.function,
+        signature={name: arguments.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        # XLA aligns arrays to more than that
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in arguments.items()
+            if kind.startswith("*")
+        },
+    )
+    target = GPUTarget("cuda", request.architecture, 32)
+    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    made = triton.compile(source, target=target, options=options)
+    scratch = made.metadata.global_scratch_size, made.metadata.profile_scratch_size
+    if any(scratch) or made.metadata.num_ctas != 1:
+        raise ValueError(f"{made.metadata.name} needs scratch memory or clusters of programs")
+    return Kernel(
+        f"{made.metadata.name}-{made.hash}",
+        made.metadata.name,
+        made.asm["cubin"],
+        32 * made.metadata.num_warps,
+        made.metadata.shared,
+    )
+
+
+def compile_all(program: ClosedJaxpr) -> None:
     """Compile the kernels that a traced program calls; its lowering then finds them ready.
 
     Threads do it: Triton lets go of Python's lock while its compiler runs.
     """
-    found = {_key(call): call for call in calls(program.jaxpr, primitive)}
+    found = {
+        Request.of([v.aval for v in call.invars], call.params)
+        for call in calls(program.jaxpr, PRIMITIVE)
+    }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_lower, found.values()))
+        list(pool.map(compiled, found))
 
 
 def calls(program: Jaxpr, primitive: str) -> Iterator[JaxprEqn]:
@@ -41,73 +136,3 @@ def calls(program: Jaxpr, primitive: str) -> Iterator[JaxprEqn]:
                 inner = getattr(inner, "jaxpr", inner)
                 if isinstance(inner, Jaxpr):
                     yield from calls(inner, primitive)
-
-
-def _key(call: JaxprEqn) -> str:
-    """The same for calls of one kernel with arrays of the same shapes."""
-    return f"{[variable.aval for variable in call.invars]} {sorted(call.params.items(), key=str)}"
-
-
-def _lower(call: JaxprEqn) -> None:
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in call.invars]  # type: ignore[attr-defined]
-    jax.jit(partial(call.primitive.bind, **call.params)).lower(*shapes)
-
-
-class Known(NamedTuple):
-    """A kernel found on the disk, where jax-triton expects Triton's module of it."""
-
-    ttir: str
-    result: Any
-
-    def __str__(self) -> str:
-        return self.ttir
-
-
-class Kept:
-    """jax-triton's two steps to a kernel; what they gave is read from a folder the next time.
-
-    ``make(function, source, options=, ...)`` parses a kernel to Triton's module, ``compile(module,
-    ...)`` makes PTX of it.
-    """
-
-    def __init__(
-        self, make: Step, compile: Step, folder: Path, version: str, result_type: type
-    ) -> None:
-        self._make, self._compile = make, compile
-        self._folder, self._version, self._type = folder, version, result_type
-        self._current = threading.local()  # a thread makes a kernel and then compiles it
-
-    def make(self, function: Any, source: Any, *, options: Any, **rest: Any) -> Any:
-        """What was kept for this source, sizes and options; else Triton's module."""
-        parts = (self._version, source.hash(), options.hash())
-        path = self._folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"
-        if (known := _read(path)) is not None:
-            return Known(known.pop("ttir"), self._type(**known))
-        module = self._make(function, source, options=options, **rest)
-        self._current.kernel = path, str(module)  # compiling changes the module
-        return module
-
-    def compile(self, module: Any, *rest: Any) -> Any:
-        """The compiled kernel."""
-        if isinstance(module, Known):
-            return module.result
-        path, ttir = self._current.kernel
-        result = self._compile(module, *rest)
-        _write(path, {**asdict(result), "ttir": ttir})
-        return result
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What was kept; None where it is missing or was damaged, and the kernel has to be compiled."""
-    try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return known if isinstance(known, dict) and set(known) == KEPT else None
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
-    part.write_text(json.dumps(result))
-    part.replace(path)

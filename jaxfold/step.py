@@ -48,7 +48,7 @@ def configure(config: Config) -> None:
     )
     jax.config.update("jax_enable_x64", config.model.dtype == "float64")
     ops.use(config.model.implementation)
-    _triton.keep_in(cache / "triton-jax")
+    _triton.keep_in(cache / "triton")
 
 
 def _compiler_options(config: Config) -> dict[str, bool]:

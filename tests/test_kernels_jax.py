@@ -1,6 +1,6 @@
 """The JAX track's side of the kernels: what it launches, saves and returns as gradients.
 
-jax-triton needs a GPU, so here a launch goes through PyTorch's wrapper into Triton's interpreter.
+A kernel needs a GPU, so here a launch goes through PyTorch's wrapper into Triton's interpreter.
 The kernels themselves are tested elsewhere.
 """
 

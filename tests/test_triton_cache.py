@@ -1,14 +1,20 @@
 """Compiled kernels of the JAX track: found in a program, compiled together, kept on the disk."""
 
-from dataclasses import dataclass
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxfold._triton_cache import Kept, calls, compile_all
+from jaxfold._triton_cache import Request, calls
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def nested(x: jax.Array) -> jax.Array:
@@ -24,84 +30,65 @@ def test_calls_are_found_wherever_they_are() -> None:
     assert not list(calls(program.jaxpr, "tan"))
 
 
-def test_every_kernel_is_lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered = []
-    monkeypatch.setattr("jaxfold._triton_cache._lower", lowered.append)
-    program = jax.jit(lambda x, y: (nested(x), nested(x), jnp.sin(y)))
-    compile_all(program.trace(jnp.ones(3), jnp.ones(4)).jaxpr, "sin")
-    assert sorted(call.invars[0].aval.shape for call in lowered) == [(3,), (4,)]
+def test_scalars_do_not_decide_what_is_compiled() -> None:
+    aval = jax.core.ShapedArray((3,), jnp.dtype("bfloat16"))
+    common = dict(fn=len, out_shapes=(aval,), num_warps=4, num_stages=2, compute_capability=90, N=3)
+
+    def request(*scalars: tuple[int, str, int | float]) -> Request:
+        return Request.of([aval], {**common, "scalar_args": scalars, "name": "a", "grid": (1,)})
+
+    one, other = request((1, "fp32", 0.5), (2, "i32", -1)), request((1, "fp32", 2.0), (2, "i32", 7))
+    assert one == other and hash(one) == hash(other)
+    assert one != request((1, "fp32", 0.5))
+    assert one.types == ("*bf16", "fp32", "i32", "*bf16")
+    assert one.constants == (("N", 3),)
+    assert one.words().astype("<i8").tobytes()[:4] == np.float32(0.5).tobytes()
+    assert one.words().astype("<i8").tobytes()[8:12] == np.int32(-1).tobytes()
+    with pytest.raises(ValueError, match="scalars of a come after"):
+        request((0, "i32", 1))
 
 
-def test_lowering_accepts_what_is_found() -> None:
-    compile_all(jax.jit(nested).trace(jnp.ones(3)).jaxpr, "sin")
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of two processes, the second of which finds what the first compiled."""
+    folder = tmp_path_factory.mktemp("kernels")
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(folder), PYTHONPATH=str(ROOT))
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.lowered_kernels"]
+    found = []
+    for seed in "12":
+        environment["PYTHONHASHSEED"] = seed
+        run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads(run.stdout))
+    return found
 
 
-@dataclass
-class Result:
-    binary: str
-    name: str
-    shared_mem_bytes: int
-    ttgir: str | None = None
-    llir: str | None = None
+def test_every_kernel_is_compiled_once(reports: list[dict[str, Any]]) -> None:
+    first, second = reports
+    assert first["hits"] == [False] * len(first["kernels"])
+    assert second["hits"] == [True] * len(first["kernels"])
 
 
-class Named:
-    """A source or options."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def hash(self) -> str:
-        return self.name
+def test_programs_are_equal_in_all_processes(reports: list[dict[str, Any]]) -> None:
+    first, second = reports
+    assert first["calls"] == second["calls"]
+    assert first["kernels"] == second["kernels"]
+    assert not any(call["here"] for call in first["calls"].values())
 
 
-class Module:
-    """What compiling changes."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
+def test_programs_name_their_kernels(reports: list[dict[str, Any]]) -> None:
+    calls, kernels = reports[0]["calls"], reports[0]["kernels"]
+    counts = {name: [count for _, count in call["keys"]] for name, call in calls.items()}
+    assert counts == {"norms": [2], "scaled": [2], "update": [1]}
+    assert {key for call in calls.values() for key, _ in call["keys"]} == set(kernels)
+    assert all(form == "ELF" and threads % 32 == 0 for _, form, threads, *_ in kernels.values())
 
 
-class Compiler:
-    """Counts what it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.compiled: list[str] = []
-        self._kept = Kept(self._make, self._compile, folder, "1.0", Result)
-
-    def _make(self, function: None, source: Named, *, options: Named, context: str) -> Module:
-        assert context == "c"
-        return Module(f"{source.name} with {options.name}")
-
-    def _compile(self, module: Module, compute_capability: int) -> Result:
-        self.compiled.append(text := str(module))
-        module.text = "changed"
-        return Result(f"ptx of {text}", text, compute_capability)
-
-    def __call__(self, source: str, options: str = "o") -> tuple[str, Result]:
-        module = self._kept.make(None, Named(source), options=Named(options), context="c")
-        return str(module), self._kept.compile(module, 90)
-
-
-def test_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
-    first, second = Compiler(tmp_path / "new"), Compiler(tmp_path / "new")
-    asked: list[tuple[Any, ...]] = [("a",), ("b",), ("a", "p")]
-    results = [first(*arguments) for arguments in asked]
-    assert len(first.compiled) == len(asked)
-    assert [second(*arguments) for arguments in asked] == results
-    assert not second.compiled
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"binary": 1}'])
-def test_a_damaged_file_is_compiled_again(tmp_path: Path, damage: str) -> None:
-    text, result = Compiler(tmp_path)("a")
-    assert text == result.name == "a with o"
-    (kept,) = tmp_path.iterdir()
-    kept.write_text(damage)
-    again = Compiler(tmp_path)
-    assert again("a") == (text, result)
-    assert len(again.compiled) == 1
-    assert Compiler(tmp_path)("a") == (text, result)
+def test_scalars_and_places_arrive(reports: list[dict[str, Any]]) -> None:
+    calls = reports[0]["calls"]
+    half, three = (int(np.float32(x).view(np.int32)) for x in (0.5, 3))
+    assert calls["scaled"]["scalars"] == [[f"[{half}, -2]", "2xi64"], [f"[{three}, 7]", "2xi64"]]
+    assert calls["norms"]["grids"] == [["[2, 1, 1]", "3xi32"]]
+    # parameters, both moments and the average are overwritten
+    assert [calls[name]["aliases"] for name in ("norms", "scaled", "update")] == [0, 0, 4]
