@@ -73,6 +73,10 @@ const char* twinfold_open(const char* library) {
 // Makes a kernel known; a key that is known already keeps its kernel. Not zero: there is no memory.
 int twinfold_add(const char* key, const char* name, const void* image, size_t size, uint32_t threads,
                  uint32_t shared) {
+  pthread_mutex_lock(&lock);
+  int known = *place(key, strlen(key)) != NULL;
+  pthread_mutex_unlock(&lock);
+  if (known) return 0;
   Kernel* kernel = calloc(1, sizeof *kernel);
   void* copy = malloc(size);
   if (!kernel || !copy || !(kernel->key = strdup(key)) || !(kernel->name = strdup(name))) return 1;
