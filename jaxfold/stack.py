@@ -56,15 +56,19 @@ def run(
     layers = (jnp.arange(num_blocks), state)
     if not unroll:
         return jax.lax.scan(body, carry, layers)[0]
-    body = jax.jit(body)  # so that it is traced only once
-    for layer in _unstack(layers, num_blocks):
-        carry, _ = body(carry, layer)
+
+    def one(carry: Carry, layer: Any) -> Carry:
+        return body(carry, jax.tree.map(lambda x: x[0], layer))[0]
+
+    one = jax.jit(one)  # so that it is traced only once
+    for layer in _split(layers, num_blocks):
+        carry = one(carry, layer)
     return carry
 
 
-def _unstack(layers: Any, num_blocks: int) -> Iterator[Any]:
-    """The slices of all arrays, whose gradients are put side by side again, not added up."""
+def _split(layers: Any, num_blocks: int) -> Iterator[Any]:
+    """Slices of all arrays, each a first axis of one; gradients are put together, not added up."""
     leaves, structure = jax.tree.flatten(layers)
     split = [jax.lax.split(leaf, [1] * num_blocks) for leaf in leaves]
     for slices in zip(*split, strict=True):
-        yield jax.tree.unflatten(structure, [x[0] for x in slices])
+        yield jax.tree.unflatten(structure, slices)
