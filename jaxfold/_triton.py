@@ -17,8 +17,8 @@ from jax import Array
 from jax.interpreters import mlir
 
 from foldcore.kernels.launch import NEEDS_GPU, Launch
-from jaxfold._launcher import TARGET, add, launcher
-from jaxfold._triton_cache import Request, compiled
+from jaxfold._launcher import TARGET
+from jaxfold._triton_cache import Request, is_coming, provide
 from jaxfold.ops import UnsupportedOp
 
 _importing = threading.Lock()
@@ -70,15 +70,15 @@ def _jax_triton() -> ModuleType:
 
 
 def _lower(context: mlir.LoweringRuleContext, *arrays: Any, **params: Any) -> Any:
-    """The custom call that launches the kernel, by now compiled and known to the launcher."""
+    """The custom call that launches the kernel, which is compiled now or on its way."""
     request = Request.of(context.avals_in, params)
-    kernel = compiled(request)
-    add(launcher(), kernel)
+    if not is_coming(request):
+        provide(request)
     aliases = dict(params["input_output_aliases"])
     rule = jax.ffi.ffi_lowering(TARGET, operand_output_aliases=aliases)
     grid = np.array([*params["grid"], 1, 1][:3], np.int32)
     scalars = {"scalars": request.words()} if request.scalars else {}
-    return rule(context, *arrays, kernel=kernel.key, grid=grid, **scalars)
+    return rule(context, *arrays, kernel=request.key, grid=grid, **scalars)
 
 
 @functools.cache

@@ -4,18 +4,21 @@ Triton's compiler does it, down to machine code, and keeps what it made on the d
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from jaxfold._launcher import Kernel
+from jaxfold._launcher import Kernel, add, launcher
 
 PRIMITIVE = "triton_kernel_call"
+_coming: set["Request"] = set()  # kernels that threads compile
 # as Triton writes what pointers point to
 TYPES = {
     "bfloat16": "bf16",
@@ -76,54 +79,84 @@ class Request:
             np.int64,
         )
 
+    @functools.cached_property
+    def key(self) -> str:
+        """A name that tells it from all others, known before it is compiled."""
+        import triton
+
+        parts = (triton.__version__, self.source().hash(), self.num_warps, self.num_stages)
+        digest = hashlib.sha256(f"{self.architecture} {parts}".encode()).hexdigest()
+        return f"{self.function.fn.__name__}-{digest}"
+
+    def source(self) -> Any:
+        """The kernel as Triton's compiler takes it."""
+        from triton.compiler import ASTSource
+
+        names = self.function.arg_names
+        constants = dict(self.constants)
+        arguments = dict(zip([n for n in names if n not in constants], self.types, strict=True))
+        return ASTSource(
+            self.function,
+            signature={name: arguments.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            # XLA aligns arrays to more than that
+            attrs={
+                (names.index(name),): [["tt.divisibility", 16]]
+                for name, kind in arguments.items()
+                if kind.startswith("*")
+            },
+        )
+
+    def compile(self) -> Kernel:
+        """The kernel: from Triton's folder, or compiled and kept there."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        target = GPUTarget("cuda", self.architecture, 32)
+        made = triton.compile(self.source(), target=target, options=self._options())
+        data = made.metadata
+        if data.global_scratch_size or data.profile_scratch_size or data.num_ctas != 1:
+            raise ValueError(f"{data.name} needs scratch memory or clusters of programs")
+        threads = 32 * data.num_warps
+        return Kernel(self.key, data.name, made.asm["cubin"], threads, data.shared)
+
+    def _options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @functools.cache
-def compiled(request: Request) -> Kernel:
-    """The kernel: from Triton's folder, or compiled and kept there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = request.function.arg_names
-    constants = dict(request.constants)
-    arguments = dict(zip([n for n in names if n not in constants], request.types, strict=True))
-    source = ASTSource(
-        request.function,
-        signature={name: arguments.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        # XLA aligns arrays to more than that
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in arguments.items()
-            if kind.startswith("*")
-        },
-    )
-    target = GPUTarget("cuda", request.architecture, 32)
-    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
-    made = triton.compile(source, target=target, options=options)
-    scratch = made.metadata.global_scratch_size, made.metadata.profile_scratch_size
-    if any(scratch) or made.metadata.num_ctas != 1:
-        raise ValueError(f"{made.metadata.name} needs scratch memory or clusters of programs")
-    return Kernel(
-        f"{made.metadata.name}-{made.hash}",
-        made.metadata.name,
-        made.asm["cubin"],
-        32 * made.metadata.num_warps,
-        made.metadata.shared,
-    )
+def provide(request: Request) -> None:
+    """Compile a kernel, once in a process, and make it known to the launcher."""
+    add(launcher(), request.compile())
 
 
-def compile_all(program: ClosedJaxpr) -> None:
-    """Compile the kernels that a traced program calls; its lowering then finds them ready.
+def is_coming(request: Request) -> bool:
+    """Whether threads are at it, so that a program may be compiled without the kernel."""
+    return request in _coming
 
-    Threads do it: Triton lets go of Python's lock while its compiler runs.
+
+@contextmanager
+def compiling(program: ClosedJaxpr) -> Iterator[None]:
+    """Compile the kernels that a traced program calls; all are there at the end of the block.
+
+    Threads do it, while the block lowers and compiles the program, which needs their keys only:
+    Triton lets go of Python's lock while its compiler runs, and so does XLA.
     """
     found = {
         Request.of([v.aval for v in call.invars], call.params)
         for call in calls(program.jaxpr, PRIMITIVE)
     }
+    if found:
+        launcher()  # XLA refuses to compile calls that it does not know
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compiled, found))
+        _coming.update(found)
+        begun = [pool.submit(provide, request) for request in found]
+        try:
+            yield
+        finally:
+            _coming.difference_update(found)
+        for one in begun:
+            one.result()
 
 
 def calls(program: Jaxpr, primitive: str) -> Iterator[JaxprEqn]:

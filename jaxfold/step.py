@@ -27,7 +27,7 @@ from foldcore.data.loader import Loader
 from foldcore.deepmind import canonical_name
 from foldcore.layout import make_layout
 from jaxfold import _triton, ops
-from jaxfold._triton_cache import compile_all
+from jaxfold._triton_cache import compiling
 from jaxfold.distributed import over_mesh, place
 from jaxfold.model import AlphaFold
 from jaxfold.params import initialize, parameters
@@ -163,8 +163,8 @@ class CompiledStep:
         if self._program is None:
             start = time.perf_counter()
             traced = self._jitted.trace(state, batch)
-            compile_all(traced.jaxpr)
-            self._program = traced.lower().compile()
+            with compiling(traced.jaxpr):
+                self._program = traced.lower().compile()
             self._started = time.perf_counter()
             self._compiling = self._started - start
         if len(self._results) == IN_FLIGHT:

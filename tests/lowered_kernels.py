@@ -27,9 +27,9 @@ for name in ("get_compute_capability", "get_serialized_metadata"):  # without th
 from foldcore.config import OptimizerConfig  # noqa: E402
 from foldcore.kernels import layer_norm, optimizer  # noqa: E402
 from foldcore.kernels.launch import Launch, Output  # noqa: E402
-from jaxfold import _triton  # noqa: E402
+from jaxfold import _triton, _triton_cache  # noqa: E402
 from jaxfold._launcher import Kernel  # noqa: E402
-from jaxfold._triton_cache import compile_all  # noqa: E402
+from jaxfold._triton_cache import compiling  # noqa: E402
 
 SHAPE = (64, 128)
 
@@ -84,14 +84,14 @@ def main() -> None:
     added: dict[str, Kernel] = {}
     hits: list[bool] = []
     knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
-    _triton.launcher = lambda: None
-    _triton.add = lambda _, kernel: added.setdefault(kernel.key, kernel)
+    _triton_cache.launcher = lambda: None
+    _triton_cache.add = lambda _, kernel: added.setdefault(kernel.key, kernel)
     _triton.architecture = lambda: 90
     report: dict[str, Any] = {"calls": {}, "hits": hits}
     for name, (function, arguments) in programs().items():
         traced = jax.jit(function).trace(*arguments)
-        compile_all(traced.jaxpr)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        with compiling(traced.jaxpr):
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lines = [line for line in text.splitlines() if "@twinfold_triton" in line]
         report["calls"][name] = {
             "keys": sorted(Counter(re.findall(r'kernel = "(.*?)"', text)).items()),
