@@ -142,6 +142,26 @@ restype_atom14_to_rigid_group = _array(_TABLES["restype_atom14_to_rigid_group"],
 restype_atom14_rigid_group_positions = _atom14_positions()  # [21, 14, 3]
 
 
+# Quaternions (w, x, y, z) -------------------------------------------------------------------------
+
+
+def _quaternion_products() -> tuple[np.ndarray, np.ndarray]:
+    rotation, by_vector = np.zeros((3, 3, 4, 4)), np.zeros((4, 4, 3))
+    cross = np.cross(np.eye(3)[:, None], np.eye(3)[None])  # [a, b]: axis a x axis b
+    for a in range(3):
+        rotation[a, a, range(4), range(4)] += (1, -1, -1, -1)
+        by_vector[0, 1 + a, a], by_vector[1 + a, 0, a] = -1, 1
+        for b in range(3):
+            rotation[a, b, 1 + a, 1 + b] += 2
+            rotation[:, b, 0, 1 + a] += 2 * cross[a, b]
+            by_vector[1:, 1 + a, b] += cross[a, b]
+    return _array(rotation), _array(by_vector)
+
+
+# The rotation of q as sums of products q_a q_b, [3 3 a b]; q (0, v) as sums of q_a v_b, [4 a b].
+quaternion_to_rotation, quaternion_by_vector = _quaternion_products()
+
+
 # Stereochemistry ----------------------------------------------------------------------------------
 
 ca_ca: float = _TABLES["ca_ca"]  # trans peptide, angstrom

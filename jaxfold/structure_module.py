@@ -6,19 +6,21 @@ Legend: l structure iterations, p points of a head, n = 7 torsions. ``frames`` a
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxfold import ops
 from jaxfold.ops import at_least_float32
 from jaxfold.primitives import DropoutKey, LayerNorm, Linear, parameter
 from jaxfold.primitives import dropout as drop
 from jaxfold.rigid import (
     Rigid,
     atom14_to_atom37,
+    dot,
     frames_to_atom14,
     multiply_by_vector,
     quaternion_to_rotation,
@@ -93,7 +95,7 @@ class StructureModule(nnx.Module):
         dropout: DropoutKey | None,
     ) -> tuple[Float[Array, "l b r c_s"], Float[Array, "l b r 4"], Float[Array, "l b r 3"]]:
         """Activations, quaternions and translations (angstrom) after every iteration."""
-        pair_bias = self.fold_iteration.invariant_point_attention.attention_2d(pair)
+        shared = self.fold_iteration.invariant_point_attention.prepare(pair, seq_mask)
 
         def iterate(carry: tuple[Array, ...], iteration: Array) -> tuple[Any, Any]:
             single, quaternion, translation = carry
@@ -101,7 +103,7 @@ class StructureModule(nnx.Module):
             quaternion = jax.lax.stop_gradient(quaternion)
             frames = Rigid(quaternion_to_rotation(quaternion), translation)
             key = dropout and dropout.enter("fold_iteration", iteration)
-            single, update = self.fold_iteration(single, pair, pair_bias, seq_mask, frames, key)
+            single, update = self.fold_iteration(single, shared, frames, key)
             quaternion, translation = backbone_update(quaternion, translation, update)
             carry = single, quaternion, translation
             return carry, carry
@@ -128,6 +130,16 @@ def _place_atoms(
             atom14, batch["residx_atom37_to_atom14"], batch["atom37_atom_exists"]
         ),
     }
+
+
+class Shared(NamedTuple):
+    """What the attention of every iteration reads."""
+
+    pair: Float[Array, "b i j c_z"]
+    bias: Float[Array, "b h i j"]  # of the logits, by the pairs and where there is no residue
+    weights: Float[Array, "c_s c"]  # of all projections of a residue, and their offset
+    offset: Float[Array, "1 c"]
+    point_weights: Float[Array, " h"]
 
 
 class FoldIteration(nnx.Module):
@@ -165,15 +177,13 @@ class FoldIteration(nnx.Module):
     def __call__(
         self,
         single: Float[Array, "b r c_s"],
-        pair: Float[Array, "b i j c_z"],
-        pair_bias: Float[Array, "b i j h"],
-        seq_mask: Float[Array, "b r"],
+        shared: Shared,
         frames: Rigid,
         dropout: DropoutKey | None = None,
     ) -> tuple[Float[Array, "b r c_s"], Float[Array, "b r 6"]]:
         """The new activations, and the update of the backbone they ask for."""
         rate = self.dropout_rate
-        single = single + self.invariant_point_attention(single, pair, pair_bias, seq_mask, frames)
+        single = single + self.invariant_point_attention(single, shared, frames)
         single = drop(single, rate, dropout, "attention")
         single = self.attention_layer_norm(single)
         hidden = jax.nn.relu(self.transition(single))
@@ -207,57 +217,75 @@ class InvariantPointAttention(nnx.Module):
         c_out = num_heads * (c_hidden + 4 * num_value_points + c_z)
         self.output_projection = Linear(c_out, c_s, init="final")
 
-    def __call__(
-        self,
-        single: Float[Array, "b r c_s"],
-        pair: Float[Array, "b i j c_z"],
-        pair_bias: Float[Array, "b i j h"],
-        seq_mask: Float[Array, "b r"],
-        frames: Rigid,
-    ) -> Float[Array, "b r c_s"]:
-        """``pair_bias`` is ``attention_2d(pair)``; all iterations share it, as they do ``pair``."""
-        heads, c_hidden, query_points, _ = self.sizes
-        q = self.q_scalar(single).reshape(*single.shape[:2], heads, c_hidden)
-        kv = self.kv_scalar(single).reshape(*single.shape[:2], heads, 2 * c_hidden)
-        k, v = jnp.split(kv, 2, axis=-1)
-        q_points = self._points(self.q_point_local(single), frames)
-        kv_points = self._points(self.kv_point_local(single), frames)
-        k_points, v_points = jnp.split(kv_points, [query_points], axis=-2)
-        logits = self._logits(q, k, q_points, k_points, pair_bias, seq_mask)
-        attention = jax.nn.softmax(logits, axis=-1)
-        return self.output_projection(self._gather(attention, v, v_points, pair, frames))
+    def prepare(self, pair: Float[Array, "b i j c_z"], seq_mask: Float[Array, "b r"]) -> Shared:
+        """What does not change from one iteration to the next."""
+        weights = jax.nn.softplus(self.trainable_point_weights[...]).astype(pair.dtype)
+        weights = weights * (3 * self.sizes[2] * 9 / 2) ** -0.5
+        bias = jnp.moveaxis(self.attention_2d(pair), -1, 1) * 3**-0.5
+        absent = 1 - seq_mask[:, None, :, None] * seq_mask[:, None, None, :]
+        matrix, offset = jnp.split(self._projection(), [len(self.q_scalar.weights[...])])
+        return Shared(pair, bias - 1e5 * absent, matrix, offset, weights)
 
-    def _points(self, projected: Float[Array, "b r c"], frames: Rigid) -> Array:
-        """Global points [b r h p 3] of a projection laid out as all x, all y, all z."""
-        local = projected.reshape(*projected.shape[:2], 3, self.sizes[0], -1)
-        return frames[..., None, None].apply(jnp.moveaxis(local, 2, -1))
+    def _projection(self) -> Float[Array, "c_s+1 c"]:
+        """For each head query, key and value; then all x, all y, all z of each head's points."""
+        heads, c_hidden, _, _ = self.sizes
+        q, kv, q_points, kv_points = (
+            jnp.concatenate([linear.weights[...], linear.bias[...][None]])
+            for linear in (self.q_scalar, self.kv_scalar, self.q_point_local, self.kv_point_local)
+        )
+        rows = len(q)
+        scalars = [x.reshape(rows, heads, -1) for x in (q * (3 * c_hidden) ** -0.5, kv)]
+        points = [x.reshape(rows, 3, heads, -1) for x in (q_points, kv_points)]
+        parts = [jnp.concatenate(x, axis=-1).reshape(rows, -1) for x in (scalars, points)]
+        return jnp.concatenate(parts, axis=1)
+
+    def __call__(
+        self, single: Float[Array, "b r c_s"], shared: Shared, frames: Rigid
+    ) -> Float[Array, "b r c_s"]:
+        """Update of the single representation; ``shared`` is what ``prepare`` made of the pairs."""
+        heads, c_hidden, query_points, _ = self.sizes
+        projected = ops._plus(single @ shared.weights, shared.offset[0])
+        scalars, local = jnp.split(projected, [3 * heads * c_hidden], axis=-1)
+        shape = single.shape[:2]
+        q, k, v = jnp.unstack(scalars.reshape(*shape, heads, 3, c_hidden), axis=-2)
+        local = jnp.moveaxis(local.reshape(*shape, 3, heads, -1), 2, -1)
+        points = frames[..., None, None].apply(local)
+        q_points, k_points, v_points = jnp.split(points, [query_points, 2 * query_points], axis=-2)
+        logits = self._logits(q, k, q_points, k_points, shared)
+        attention = jax.nn.softmax(logits, axis=-1)
+        return self.output_projection(self._gather(attention, v, v_points, shared.pair, frames))
 
     def _logits(
-        self, q: Array, k: Array, q_points: Array, k_points: Array, pair_bias: Array, mask: Array
+        self, q: Array, k: Array, q_points: Array, k_points: Array, shared: Shared
     ) -> Float[Array, "b h i j"]:
-        """The three parts count alike: each is scaled to unit variance, then by sqrt(1/3)."""
-        _, c_hidden, query_points, _ = self.sizes
-        scalar = jnp.einsum("bihc,bjhc->bhij", q * (3 * c_hidden) ** -0.5, k)
-        offset = q_points[:, :, None] - k_points[:, None]
-        squared = jnp.moveaxis(jnp.sum(offset * offset, axis=(-2, -1)), -1, 1)
-        weights = jax.nn.softplus(self.trainable_point_weights[...]).astype(squared.dtype)
-        weights = weights * (3 * query_points * 9 / 2) ** -0.5
-        bias = jnp.moveaxis(pair_bias, -1, 1) * 3**-0.5
-        absent = 1 - mask[:, None, :, None] * mask[:, None, None, :]
-        return scalar + bias - 0.5 * weights[:, None, None] * squared - 1e5 * absent
+        """The three parts count alike: each is scaled to unit variance, then by sqrt(1/3).
+
+        Of the squared distance |q|^2 - 2 qk + |k|^2, the first term is the same for all keys.
+        """
+        scale = shared.point_weights[:, None]
+        q_points, k_points = (x.reshape(*x.shape[:3], -1) for x in (q_points, k_points))
+        square = -0.5 * scale * jnp.sum(k_points * k_points, axis=-1, keepdims=True)
+        left = jnp.concatenate([q, scale * q_points, jnp.ones_like(square)], axis=-1)
+        right = jnp.concatenate([k, k_points, square], axis=-1)
+        return _exact_product("bihc,bjhc->bhij", left, right) + shared.bias
 
     def _gather(
         self, attention: Array, v: Array, v_points: Array, pair: Array, frames: Rigid
     ) -> Float[Array, "b r c"]:
         """What each residue reads: scalars, points in its own frame, their norms, pairs."""
-        scalar = jnp.einsum("bhij,bjhc->bihc", attention, v)
-        values = jnp.moveaxis(v_points, 2, 1)[:, :, None]  # [b h 1 j p 3]
-        points = jnp.sum(attention[..., None, None] * values, axis=3)
-        local = frames[..., None, None].invert_apply(jnp.moveaxis(points, 1, 2))
-        norm = jnp.sqrt(1e-8 + jnp.sum(local * local, axis=-1))
+        values = jnp.concatenate([v, v_points.reshape(*v.shape[:3], -1)], axis=-1)
+        gathered = _exact_product("bhij,bjhc->bihc", attention, values)
+        scalar, points = jnp.split(gathered, [v.shape[-1]], axis=-1)
+        local = frames[..., None, None].invert_apply(points.reshape(*v.shape[:3], -1, 3))
+        norm = jnp.sqrt(1e-8 + dot(local, local))
         from_pair = jnp.einsum("bhij,bijc->bihc", attention, pair)
-        parts = [scalar, *jnp.unstack(local, axis=-1), norm, from_pair]
-        return jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
+        parts = (scalar, jnp.moveaxis(local, -1, 2), norm, from_pair)
+        return jnp.concatenate([part.reshape(*v.shape[:2], -1) for part in parts], axis=-1)
+
+
+def _exact_product(equation: str, left: Array, right: Array) -> Array:
+    """A product of coordinates, whose factors no ``matmul_precision`` may round."""
+    return jnp.einsum(equation, left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def backbone_update(

@@ -187,15 +187,14 @@ def _bins(track: Track, model: Any, x: Named) -> Named:
 def _attention(track: Track, model: Any, x: Named) -> Named:
     module = model.structure_module.fold_iteration.invariant_point_attention
     frames = track.rigid.rigid_from_quaternion(x["frames"])
-    bias = module.attention_2d(x["pair"])
-    return {"single": module(x["single"], x["pair"], bias, x["seq_mask"], frames)}
+    return {"single": module(x["single"], module.prepare(x["pair"], x["seq_mask"]), frames)}
 
 
 def _fold_iteration(track: Track, model: Any, x: Named) -> Named:
     module, frames = model.structure_module.fold_iteration, x["frames"]
-    bias = module.invariant_point_attention.attention_2d(x["pair"])
+    shared = module.invariant_point_attention.prepare(x["pair"], x["seq_mask"])
     rigid = track.rigid.rigid_from_quaternion(frames)
-    single, update = module(x["single"], x["pair"], bias, x["seq_mask"], rigid)
+    single, update = module(x["single"], shared, rigid)
     moved = track.structure_module.backbone_update(frames[..., :4], frames[..., 4:], update)
     return {"single": single, "single frames": track.concatenate(moved, -1)}
 

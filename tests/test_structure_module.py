@@ -153,7 +153,7 @@ def test_attention_does_not_see_where_the_molecule_lies(inputs: Any) -> None:
     @jax.jit
     def attend(state: Any, frames: Rigid) -> jax.Array:
         attention = nnx.merge(graph, state).invariant_point_attention
-        return attention(single, pair, attention.attention_2d(pair), batch["seq_mask"], frames)
+        return attention(single, attention.prepare(pair, batch["seq_mask"]), frames)
 
     still = attend(state, frames)
     np.testing.assert_allclose(
@@ -184,12 +184,12 @@ def unrolled(graph: Any, state: Any, inputs: Any, through_rotation: Any) -> jax.
     single = module.initial_projection(module.single_layer_norm(jnp.asarray(single)))
     quaternion = jnp.zeros((BATCH, RESIDUES, 4)).at[..., 0].set(1)
     translation, traj = jnp.zeros((BATCH, RESIDUES, 3)), []
-    bias = module.fold_iteration.invariant_point_attention.attention_2d(pair)
+    shared = module.fold_iteration.invariant_point_attention.prepare(pair, batch["seq_mask"])
     for _ in range(ITERATIONS):
         fixed = jax.lax.stop_gradient(quaternion)
         quaternion = fixed + through_rotation * (quaternion - fixed)
         frames = Rigid(quaternion_to_rotation(quaternion), translation)
-        single, update = module.fold_iteration(single, pair, bias, batch["seq_mask"], frames)
+        single, update = module.fold_iteration(single, shared, frames)
         quaternion, translation = backbone_update(quaternion, translation, update)
         traj.append(jnp.concatenate([quaternion, 10 * translation], axis=-1))
     return jnp.stack(traj)

@@ -16,6 +16,7 @@ from torch import Tensor
 from foldcore import constants
 from torchfold._arrays import table
 from torchfold._compiled import piece
+from torchfold._products import exact_product
 from torchfold.rigid import Rigid, distance, rigid_from_flat12, rigid_from_quaternion
 
 LENGTH_SCALE = 10.0  # FAPE counts in units of 1 nm
@@ -47,15 +48,36 @@ def compute_fape(
 
     ``clamped`` is the share of the error clamped at 10 angstrom; the rest counts in full.
     """
-    pred_local = pred_frames[..., None].invert_apply(pred_positions[..., None, :, :])
-    target_local = target_frames[..., None].invert_apply(target_positions[..., None, :, :])
-    error = distance(pred_local, target_local, 1e-4)
+    difference = _local_difference(pred_frames, target_frames, pred_positions, target_positions)
+    error = torch.sqrt(1e-4 + torch.sum(torch.square(difference), dim=-2))
     if isinstance(clamped, Tensor):
         clamped = clamped.to(error.dtype)[..., None, None]
-    error = clamped * torch.clamp(error, max=CLAMP) + (1 - clamped) * error
-    weighted = frames_mask[..., :, None] * positions_mask[..., None, :] * error / LENGTH_SCALE
+    error = torch.lerp(error, torch.clamp(error, max=CLAMP), clamped) / LENGTH_SCALE
+    of_frame = _product(error, positions_mask.expand(error[..., 0, :].shape)[..., None])[..., 0]
     pairs = torch.sum(frames_mask, dim=-1) * torch.sum(positions_mask, dim=-1)
-    return torch.sum(weighted, dim=(-2, -1)) / (1e-4 + pairs)
+    return torch.sum(frames_mask * of_frame, dim=-1) / (1e-4 + pairs)
+
+
+def _local_difference(
+    pred: Rigid, target: Rigid, pred_positions: Tensor, target_positions: Tensor
+) -> Float[Tensor, "*batch f 3 p"]:
+    """Each predicted point as its frame sees it, less the true one as the true frame does.
+
+    Local coordinates are linear in (x, y, z, 1): one product makes all of them.
+    """
+    batch, (points, _) = pred_positions.shape[:-2], pred_positions.shape[-2:]
+    here, there = pred.invert(), target.invert()
+    shift = (here.translation - there.translation)[..., None]
+    rotations = here.rotation, (-there.rotation).expand(here.rotation.shape)
+    maps = torch.cat([*rotations, shift], dim=-1)
+    one = pred_positions.new_ones((*batch, points, 1))
+    both = torch.cat([pred_positions, target_positions.expand(pred_positions.shape), one], dim=-1)
+    return _product(maps.flatten(-3, -2), both.mT).unflatten(-2, (-1, 3))
+
+
+def _product(left: Float[Tensor, "*batch m k"], right: Float[Tensor, "*batch k n"]) -> Tensor:
+    flat = (x.reshape(-1, *x.shape[-2:]) for x in (left, right))
+    return exact_product(*flat).view(*left.shape[:-1], right.shape[-1])
 
 
 @piece

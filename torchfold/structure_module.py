@@ -6,18 +6,22 @@ Legend: l structure iterations, p points of a head, n = 7 torsions. ``frames`` a
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchfold._compiled import piece
+from torchfold._products import exact_product
 from torchfold.ops import at_least_float32
 from torchfold.primitives import DropoutKey, LayerNorm, Linear, parameter
 from torchfold.primitives import dropout as drop
 from torchfold.rigid import (
     Rigid,
     atom14_to_atom37,
+    dot,
     frames_to_atom14,
     multiply_by_vector,
     quaternion_to_rotation,
@@ -93,19 +97,21 @@ class StructureModule(nn.Module):
         dropout: DropoutKey | None,
     ) -> tuple[Float[Tensor, "l b r c_s"], Float[Tensor, "l b r 4"], Float[Tensor, "l b r 3"]]:
         """Activations, quaternions and translations (angstrom) after every iteration."""
-        pair_bias = self.fold_iteration.invariant_point_attention.attention_2d(pair)
+        shared = self.fold_iteration.invariant_point_attention.prepare(pair, seq_mask)
 
         single = self.initial_projection(initial)
         start = torch.zeros_like(single[..., :1])
         quaternion = torch.cat([start + 1, start, start, start], dim=-1)
         translation = torch.cat([start, start, start], dim=-1)
+        # as after an iteration: all are one program then, if compiled
+        translation.requires_grad_(torch.is_grad_enabled())
         found = []
         for iteration in range(self.num_iterations):
             # no gradient through the chain of rotations: it makes training unstable
             quaternion = quaternion.detach()
             frames = Rigid(quaternion_to_rotation(quaternion), translation)
             key = dropout and dropout.enter("fold_iteration", iteration)
-            single, update = self.fold_iteration(single, pair, pair_bias, seq_mask, frames, key)
+            single, update = self.fold_iteration(single, shared, frames, key)
             quaternion, translation = backbone_update(quaternion, translation, update)
             found.append((single, quaternion, translation))
         singles, quaternions, translations = (torch.stack(x) for x in zip(*found, strict=True))
@@ -127,6 +133,16 @@ def _place_atoms(
             atom14, batch["residx_atom37_to_atom14"], batch["atom37_atom_exists"]
         ),
     }
+
+
+class Shared(NamedTuple):
+    """What the attention of every iteration reads."""
+
+    pair: Float[Tensor, "b i j c_z"]
+    bias: Float[Tensor, "b h i j"]  # of the logits, by the pairs and where there is no residue
+    weights: Float[Tensor, "c_s c"]  # of all projections of a residue, and their offset
+    offset: Float[Tensor, "1 c"]
+    point_weights: Float[Tensor, " h"]
 
 
 class FoldIteration(nn.Module):
@@ -166,15 +182,13 @@ class FoldIteration(nn.Module):
     def forward(
         self,
         single: Float[Tensor, "b r c_s"],
-        pair: Float[Tensor, "b i j c_z"],
-        pair_bias: Float[Tensor, "b i j h"],
-        seq_mask: Float[Tensor, "b r"],
+        shared: Shared,
         frames: Rigid,
         dropout: DropoutKey | None = None,
     ) -> tuple[Float[Tensor, "b r c_s"], Float[Tensor, "b r 6"]]:
         """The new activations, and the update of the backbone they ask for."""
         rate = self.dropout_rate
-        single = single + self.invariant_point_attention(single, pair, pair_bias, seq_mask, frames)
+        single = single + self.invariant_point_attention(single, shared, frames)
         single = drop(single, rate, dropout, "attention")
         single = self.attention_layer_norm(single)
         hidden = torch.relu(self.transition(single))
@@ -209,65 +223,77 @@ class InvariantPointAttention(nn.Module):
         c_out = num_heads * (c_hidden + 4 * num_value_points + c_z)
         self.output_projection = Linear(c_out, c_s, init="final")
 
-    def forward(
-        self,
-        single: Float[Tensor, "b r c_s"],
-        pair: Float[Tensor, "b i j c_z"],
-        pair_bias: Float[Tensor, "b i j h"],
-        seq_mask: Float[Tensor, "b r"],
-        frames: Rigid,
-    ) -> Float[Tensor, "b r c_s"]:
-        """``pair_bias`` is ``attention_2d(pair)``; all iterations share it, as they do ``pair``."""
-        heads, c_hidden, query_points, value_points = self.sizes
-        q = self.q_scalar(single).reshape(*single.shape[:2], heads, c_hidden)
-        kv = self.kv_scalar(single).reshape(*single.shape[:2], heads, 2 * c_hidden)
-        k, v = torch.chunk(kv, 2, dim=-1)
-        q_points = self._points(self.q_point_local(single), frames)
-        kv_points = self._points(self.kv_point_local(single), frames)
-        k_points, v_points = torch.split(kv_points, [query_points, value_points], dim=-2)
-        logits = self._logits(q, k, q_points, k_points, pair_bias, seq_mask)
-        attention = torch.softmax(logits, dim=-1)
-        return self.output_projection(self._gather(attention, v, v_points, pair, frames))
-
-    def _points(self, projected: Float[Tensor, "b r c"], frames: Rigid) -> Tensor:
-        """Global points [b r h p 3] of a projection laid out as all x, all y, all z."""
-        local = projected.reshape(*projected.shape[:2], 3, self.sizes[0], -1)
-        return frames[..., None, None].apply(torch.movedim(local, 2, -1))
-
-    def _logits(
-        self,
-        q: Tensor,
-        k: Tensor,
-        q_points: Tensor,
-        k_points: Tensor,
-        pair_bias: Tensor,
-        mask: Tensor,
-    ) -> Float[Tensor, "b h i j"]:
-        """The three parts count alike: each is scaled to unit variance, then by sqrt(1/3)."""
-        _, c_hidden, query_points, _ = self.sizes
-        scalar = torch.einsum("bihc,bjhc->bhij", q * (3 * c_hidden) ** -0.5, k)
-        offset = q_points[:, :, None] - k_points[:, None]
-        squared = torch.movedim(torch.sum(offset * offset, dim=(-2, -1)), -1, 1)
+    def prepare(self, pair: Float[Tensor, "b i j c_z"], seq_mask: Float[Tensor, "b r"]) -> Shared:
+        """What does not change from one iteration to the next."""
         raw = self.trainable_point_weights
         # softplus; torch.nn.functional has one that cuts off the small part of large values
-        weights = torch.logaddexp(raw, torch.zeros_like(raw)).to(squared.dtype)
-        weights = weights * (3 * query_points * 9 / 2) ** -0.5
-        bias = torch.movedim(pair_bias, -1, 1) * 3**-0.5
-        absent = 1 - mask[:, None, :, None] * mask[:, None, None, :]
-        return scalar + bias - 0.5 * weights[:, None, None] * squared - 1e5 * absent
+        weights = torch.logaddexp(raw, torch.zeros_like(raw)).to(pair.dtype)
+        weights = weights * (3 * self.sizes[2] * 9 / 2) ** -0.5
+        bias = torch.movedim(self.attention_2d(pair), -1, 1) * 3**-0.5
+        absent = 1 - seq_mask[:, None, :, None] * seq_mask[:, None, None, :]
+        matrix, offset = self._projection().split([len(self.q_scalar.weights), 1])
+        return Shared(pair, (bias - 1e5 * absent).contiguous(), matrix, offset, weights)
+
+    def _projection(self) -> Float[Tensor, "c_s+1 c"]:
+        """For each head query, key and value; then all x, all y, all z of each head's points."""
+        heads, c_hidden, _, _ = self.sizes
+        q, kv, q_points, kv_points = (
+            torch.cat([linear.weights, linear.bias[None]])
+            for linear in (self.q_scalar, self.kv_scalar, self.q_point_local, self.kv_point_local)
+        )
+        scalars = (q * (3 * c_hidden) ** -0.5, kv)
+        by_head = torch.cat([x.unflatten(1, (heads, -1)) for x in scalars], dim=-1)
+        points = torch.cat([x.unflatten(1, (3, heads, -1)) for x in (q_points, kv_points)], dim=-1)
+        return torch.cat([by_head.flatten(1), points.flatten(1)], dim=1)
+
+    def forward(
+        self, single: Float[Tensor, "b r c_s"], shared: Shared, frames: Rigid
+    ) -> Float[Tensor, "b r c_s"]:
+        """Update of the single representation; ``shared`` is what ``prepare`` made of the pairs."""
+        heads, c_hidden, query_points, value_points = self.sizes
+        projected = F.linear(single, shared.weights.T, shared.offset[0])
+        counts = [3 * heads * c_hidden, 3 * heads * (2 * query_points + value_points)]
+        scalars, local = projected.split(counts, dim=-1)
+        q, k, v = scalars.unflatten(-1, (heads, 3, c_hidden)).unbind(-2)
+        local = torch.movedim(local.unflatten(-1, (3, heads, -1)), 2, -1)
+        points = frames[..., None, None].apply(local)
+        q_points, k_points, v_points = points.split([query_points, query_points, value_points], -2)
+        logits = self._logits(q, k, q_points, k_points, shared)
+        attention = torch.softmax(logits, dim=-1)
+        return self.output_projection(self._gather(attention, v, v_points, shared.pair, frames))
+
+    def _logits(
+        self, q: Tensor, k: Tensor, q_points: Tensor, k_points: Tensor, shared: Shared
+    ) -> Float[Tensor, "b h i j"]:
+        """The three parts count alike: each is scaled to unit variance, then by sqrt(1/3).
+
+        Of the squared distance |q|^2 - 2 qk + |k|^2, the first term is the same for all keys.
+        """
+        scale = shared.point_weights[:, None]
+        q_points, k_points = q_points.flatten(-2), k_points.flatten(-2)
+        square = -0.5 * scale * dot(k_points, k_points)[..., None]
+        left = torch.cat([q, scale * q_points, torch.ones_like(square)], dim=-1)
+        right = torch.cat([k, k_points, square], dim=-1)
+        product = exact_product(_by_head(left), _by_head(right).mT)
+        return product.view(shared.bias.shape) + shared.bias
 
     def _gather(
         self, attention: Tensor, v: Tensor, v_points: Tensor, pair: Tensor, frames: Rigid
     ) -> Float[Tensor, "b r c"]:
         """What each residue reads: scalars, points in its own frame, their norms, pairs."""
-        scalar = torch.einsum("bhij,bjhc->bihc", attention, v)
-        values = torch.movedim(v_points, 2, 1)[:, :, None]  # [b h 1 j p 3]
-        points = torch.sum(attention[..., None, None] * values, dim=3)
-        local = frames[..., None, None].invert_apply(torch.movedim(points, 1, 2))
-        norm = torch.sqrt(1e-8 + torch.sum(local * local, dim=-1))
+        values = torch.cat([v, v_points.flatten(-2)], dim=-1)
+        gathered = exact_product(attention.flatten(0, 1), _by_head(values))
+        gathered = gathered.unflatten(0, attention.shape[:2]).transpose(1, 2)
+        scalar, points = gathered.split([v.shape[-1], 3 * v_points.shape[-2]], dim=-1)
+        local = frames[..., None, None].invert_apply(points.unflatten(-1, (-1, 3)))
+        norm = torch.sqrt(1e-8 + dot(local, local))
         from_pair = torch.einsum("bhij,bijc->bihc", attention, pair)
-        parts = [scalar, *torch.unbind(local, dim=-1), norm, from_pair]
-        return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=-1)
+        parts = (scalar, torch.movedim(local, -1, 2), norm, from_pair)
+        return torch.cat([part.flatten(2) for part in parts], dim=-1)
+
+
+def _by_head(x: Float[Tensor, "b r h c"]) -> Float[Tensor, "b*h r c"]:
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 @piece
