@@ -1,5 +1,7 @@
 """``ops.outer_product_mean`` by Triton kernels."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,10 +13,10 @@ from jaxfold._triton import architecture, call, dtype_name
 
 @jax.custom_vjp
 def outer_product_mean(
-    left: Array, right: Array, mask: Array, weights: Array, bias: Array
+    left: Array, right: Array, mask: Array, weights: Array, bias: Array, pair: Array | None
 ) -> Array:
-    """The projected mean [b i j z] over sequences of outer products."""
-    return _forward(left, right, mask, weights, bias)[0]
+    """The projected mean [b i j z] over sequences of outer products, added to ``pair``."""
+    return _forward(left, right, mask, weights, bias, pair)[0]
 
 
 def _shape(left: Array, right: Array, weights: Array) -> kernels.Shape:
@@ -33,20 +35,23 @@ def _outer(left: Array, right: Array) -> Array:
 
 
 def _forward(
-    left: Array, right: Array, mask: Array, weights: Array, bias: Array
-) -> tuple[Array, tuple[Array, ...]]:
+    left: Array, right: Array, mask: Array, weights: Array, bias: Array, pair: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
     """The result, and what the backward pass needs, with the number of sequences of each pair."""
     wide_mask = mask.astype(jnp.float32)
     count = wide_mask.mT @ wide_mask
     shape = _shape(left, right, weights)
-    launch = kernels.project(shape, dtype_name(left), architecture())
-    (out,) = call(launch, _outer(left, right), weights, bias, count)
-    return out.reshape(*count.shape, shape.z), (left, right, mask, weights, bias, count)
+    launch = kernels.project(shape, dtype_name(left), architecture(), pair is not None)
+    base = bias if pair is None else pair.reshape(-1, shape.z)
+    (out,) = call(launch, _outer(left, right), weights, bias, count, base)
+    # whether there is a pair is known from the structure: an array of it would be kept
+    saved = (left, right, mask, weights, bias, count, None if pair is None else ())
+    return out.reshape(*count.shape, shape.z), saved
 
 
-def _backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
-    """Gradients by left, right, weights and bias; the mask has none."""
-    left, right, mask, weights, bias, count = saved
+def _backward(saved: tuple[Any, ...], grad: Array) -> tuple[Array | None, ...]:
+    """Gradients by left, right, weights, bias and pair; the mask has none."""
+    left, right, mask, weights, bias, count, residual = saved
     shape, kind = _shape(left, right, weights), (dtype_name(left), architecture())
     sum_grad, outer_grad, sums = call(kernels.gradient(shape, *kind), grad, weights, count)
     outer = _outer(left, right)
@@ -55,7 +60,14 @@ def _backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
     weights_grad = sum_columns(parts, weights).reshape(weights.shape)
     left_grad = (_flat(right) @ outer_grad.mT).reshape(left.shape)
     right_grad = (_flat(left) @ outer_grad).reshape(right.shape)
-    return left_grad, right_grad, jnp.zeros_like(mask), weights_grad, sum_columns(sums, bias)
+    parameters = weights_grad, sum_columns(sums, bias)
+    return (
+        left_grad,
+        right_grad,
+        jnp.zeros_like(mask),
+        *parameters,
+        None if residual is None else grad,
+    )
 
 
 outer_product_mean.defvjp(_forward, _backward)

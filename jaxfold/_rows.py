@@ -34,17 +34,33 @@ def _norm_forward(x: Array, scale: Array, offset: Array) -> tuple[Array, tuple[A
     return layer_norm(x, scale, offset), (x, scale)
 
 
-def _norm_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
+def _norm_backward(
+    saved: tuple[Array, Array], grad: Array, residual: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Gradients by x, ``residual`` added, by scale and by offset."""
     x, scale = saved
     c = x.shape[-1]
-    launch = norm_kernels.backward(x.size // c, c, dtype_name(x), architecture())
-    rows_grad = grad.reshape(-1, c)
-    x_grad, sums = call(launch, x.reshape(-1, c), scale, rows_grad, rows_grad)
+    kind = dtype_name(x), architecture()
+    launch = norm_kernels.backward(x.size // c, c, *kind, residual is not None)
+    rows = [array.reshape(-1, c) for array in (x, grad, grad if residual is None else residual)]
+    x_grad, sums = call(launch, rows[0], scale, *rows[1:])
     vectors = sum_columns(sums, scale)
     return x_grad.reshape(x.shape), vectors[:c], vectors[c:]
 
 
 layer_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def layer_norm_residual(x: Array, scale: Array, offset: Array) -> tuple[Array, Array]:
+    """Layer normalisation and x itself; one kernel sums the gradients by both."""
+    return layer_norm(x, scale, offset), x
+
+
+layer_norm_residual.defvjp(
+    lambda x, scale, offset: (layer_norm_residual(x, scale, offset), (x, scale)),
+    lambda saved, grads: _norm_backward(saved, *grads),
+)
 
 
 # Transition ---------------------------------------------------------------------------------------

@@ -46,10 +46,10 @@ class MSARowAttentionWithPairBias(nnx.Module):
         factor: Float[Array, "b 1 r c_m"] | None = None,
         residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
-        x = self.query_norm(msa)
+        x, msa = self.query_norm.with_residual(msa)
         bias = jnp.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights[...])
-        base = msa if residual else None
-        return self.attention.within(x, msa_mask, bias, base=base, factor=factor)
+        (projected,) = self.attention.project(x)
+        return self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
 
 
 class MSAColumnAttention(nnx.Module):
@@ -65,8 +65,9 @@ class MSAColumnAttention(nnx.Module):
         msa_mask: Float[Array, "b s r"],
         residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
-        base = msa if residual else None
-        return self.attention.within(self.query_norm(msa), msa_mask, axis=1, base=base)
+        x, msa = self.query_norm.with_residual(msa)
+        (projected,) = self.attention.project(x)
+        return self.attention.within(projected, msa_mask, msa, axis=1, residual=residual)
 
 
 class MSAColumnGlobalAttention(nnx.Module):
@@ -82,8 +83,8 @@ class MSAColumnGlobalAttention(nnx.Module):
         msa_mask: Float[Array, "b s r"],
         residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
-        base = msa if residual else None
-        return self.attention(self.query_norm(msa), msa_mask, axis=1, base=base)
+        x, msa = self.query_norm.with_residual(msa)
+        return self.attention(x, msa_mask, msa, axis=1, residual=residual)
 
 
 class OuterProductMean(nnx.Module):
@@ -97,13 +98,18 @@ class OuterProductMean(nnx.Module):
         self.output_b = parameter((c_z,), "zeros")
 
     def __call__(
-        self, msa: Float[Array, "b s r c_m"], msa_mask: Float[Array, "b s r"]
+        self,
+        msa: Float[Array, "b s r c_m"],
+        msa_mask: Float[Array, "b s r"],
+        pair: Float[Array, "b i j c_z"] | None = None,
     ) -> Float[Array, "b i j c_z"]:
+        """The update; with ``pair``, added to it."""
         x = self.layer_norm_input(msa)
         mask = msa_mask[..., None].astype(x.dtype)
         left = mask * self.left_projection(x)
         right = mask * self.right_projection(x)
-        return ops.outer_product_mean(left, right, msa_mask, self.output_w[...], self.output_b[...])
+        output = self.output_w[...], self.output_b[...]
+        return ops.outer_product_mean(left, right, msa_mask, *output, pair)
 
 
 class EvoformerBlock(nnx.Module):
@@ -158,7 +164,7 @@ class EvoformerBlock(nnx.Module):
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair]:
         msa = self._update_msa(msa, pair, msa_mask, dropout)
-        pair = pair + self.outer_product_mean(msa, msa_mask)
+        pair = self.outer_product_mean(msa, msa_mask, pair)
         return msa, self._update_pair(pair, pair_mask, dropout)
 
     def _update_msa(

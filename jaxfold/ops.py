@@ -100,6 +100,21 @@ def layer_norm(
     return (normal * scale.astype(wide.dtype) + offset.astype(wide.dtype)).astype(x.dtype)
 
 
+def layer_norm_residual(
+    x: Float[Array, "*batch c"],
+    scale: Float[Array, " c"],
+    offset: Float[Array, " c"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*batch c"], Float[Array, "*batch c"]]:
+    """``layer_norm`` of x, and x: what goes around the norm, so that gradients are added in it."""
+    if _kernel_runs("layer_norm_residual", implementation, x):
+        from jaxfold import _rows
+
+        return _rows.layer_norm_residual(x, scale, offset)
+    return layer_norm(x, scale, offset, implementation=implementation), x
+
+
 def attention(
     query: Float[Array, "b g q h d"],
     key: Float[Array, "b g k h d"],
@@ -313,19 +328,22 @@ def outer_product_mean(
     mask: Float[Array, "b s r"],
     weights: Float[Array, "c e c_z"],
     bias: Float[Array, " c_z"],
+    pair: Float[Array, "b i j c_z"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b i j c_z"]:
     """Mean over sequences of the outer product, projected (Suppl. Alg. 10, lines 3-4).
 
-    ``left`` and ``right`` are zero where masked. The bias is divided by the count too.
+    ``left`` and ``right`` are zero where masked. The bias is divided by the count too. With
+    ``pair``, the mean is added to it.
     """
     if _kernel_runs("outer_product_mean", implementation, left, right):
         from jaxfold import _outer_product
 
-        return _outer_product.outer_product_mean(left, right, mask, weights, bias)
+        return _outer_product.outer_product_mean(left, right, mask, weights, bias, pair)
     outer = _sum_product("bsic,bsje->bijce", left, right).astype(left.dtype)
     projected = _sum_product("bijce,cez->bijz", outer, weights)
     count = jnp.einsum("bsi,bsj->bij", mask, mask, preferred_element_type=projected.dtype)
     total = projected + bias.astype(projected.dtype)
-    return (total / (OUTER_PRODUCT_EPS + count)[..., None]).astype(left.dtype)
+    update = (total / (OUTER_PRODUCT_EPS + count)[..., None]).astype(left.dtype)
+    return update if pair is None else pair + update

@@ -52,6 +52,12 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         return ops.layer_norm(x, self.scale[...], self.offset[...])
 
+    def with_residual(
+        self, x: Float[Array, "*batch c"]
+    ) -> tuple[Float[Array, "*batch c"], Float[Array, "*batch c"]]:
+        """The same, and x to add an update to: one kernel sums the gradients by both."""
+        return ops.layer_norm_residual(x, self.scale[...], self.offset[...])
+
 
 class Attention(nnx.Module):
     """Multi-head attention with an optional gate (Suppl. Alg. 7, lines 2-7, without the norm)."""
@@ -87,42 +93,48 @@ class Attention(nnx.Module):
         output = jnp.einsum("bgqhd,hdo->bgqo", gathered, self.output_w[...])
         return ops._plus(output, self.output_b[...])
 
+    def project(
+        self, x: Float[Array, "b s r c"], *others: Float[Array, "c n"]
+    ) -> tuple[Array, ...]:
+        """What ``ops.gated_attention`` reads of each position; then x by each of ``others``."""
+        weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
+        packed = jnp.stack([w[...] for w in weights], axis=1)
+        projected = (x @ packed.reshape(len(packed), -1)).reshape(*x.shape[:3], *packed.shape[1:])
+        return projected, *(x @ other for other in others)
+
     def within(
         self,
-        x: Float[Array, "b s r c"],
+        projected: Float[Array, "b s r 4 h d"],
         mask: Float[Array, "b s r"],
+        base: Float[Array, "b s r c_out"],
         bias: Float[Array, "b h n n"] | None = None,
         axis: int = 2,
-        base: Float[Array, "b s r c_out"] | None = None,
         factor: Float[Array, "b ..."] | None = None,
+        residual: bool = False,
     ) -> Float[Array, "b s r c_out"]:
         """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
 
-        One product makes what ``ops.gated_attention`` reads of a position. The result is multiplied
-        by ``factor`` (dropout) and added to ``base``.
+        The result is an update of ``base``, multiplied by ``factor`` (dropout), and with
+        ``residual`` added to it.
         """
-        weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
-        packed = jnp.stack([w[...] for w in weights], axis=1)
-        c_hidden = packed.shape[-1]
-        projected = (x @ packed.reshape(len(packed), -1)).reshape(*x.shape[:3], *packed.shape[1:])
+        scale = self.query_w.shape[-1] ** -0.5
         gathered = ops.gated_attention(
-            projected, self.gating_b[...], mask, bias, axis=axis, scale=c_hidden**-0.5
+            projected, self.gating_b[...], mask, bias, axis=axis, scale=scale
         )
-        return _project(gathered, self.output_w[...], self.output_b[...], x, base, factor)
+        return _project(gathered, self.output_w[...], self.output_b[...], base, factor, residual)
 
 
 def _project(
     gathered: Float[Array, "b s r h d"],
     weights: Float[Array, "h d c"],
     bias: Float[Array, " c"],
-    x: Float[Array, "b s r c"],
-    base: Float[Array, "b s r c"] | None,
+    base: Float[Array, "b s r c"],
     factor: Float[Array, "b ..."] | None,
+    residual: bool,
 ) -> Float[Array, "b s r c"]:
-    """The heads' results as one, times ``factor``, added to ``base``; ``x`` shows its shape."""
-    flat = gathered.reshape(*x.shape[:3], -1), weights.reshape(-1, weights.shape[-1])
-    residual = base is not None
-    return ops.linear_update(x if base is None else base, *flat, bias, factor, residual=residual)
+    """The heads' results as one update of ``base``, times ``factor``."""
+    flat = gathered.reshape(*base.shape[:3], -1), weights.reshape(-1, weights.shape[-1])
+    return ops.linear_update(base, *flat, bias, factor, residual=residual)
 
 
 class GlobalAttention(nnx.Module):
@@ -141,10 +153,11 @@ class GlobalAttention(nnx.Module):
         self,
         x: Float[Array, "b s r c"],
         mask: Float[Array, "b s r"],
+        base: Float[Array, "b s r c"],
         axis: int = 2,
-        base: Float[Array, "b s r c"] | None = None,
+        residual: bool = False,
     ) -> Float[Array, "b s r c"]:
-        """Along the rows (axis 2) or the columns (axis 1) of a table, added to ``base``."""
+        """Along the rows (axis 2) or the columns (axis 1), an update of ``base`` or added to it."""
         c_hidden = self.query_w.shape[-1]
         mean = _masked_mean(x, mask, axis)
         query = _scale(jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]), c_hidden**-0.5)
@@ -155,7 +168,7 @@ class GlobalAttention(nnx.Module):
         gate = jnp.einsum("bsrc,chd->bsrhd", x, self.gating_w[...])
         gate = jax.nn.sigmoid(ops._plus(gate, self.gating_b[...]))
         gathered = jnp.expand_dims(gathered, axis) * gate
-        return _project(gathered, self.output_w[...], self.output_b[...], x, base, factor=None)
+        return _project(gathered, self.output_w[...], self.output_b[...], base, None, residual)
 
 
 def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:

@@ -85,12 +85,12 @@ class TriangleAttention(nnx.Module):
         factor: Float[Array, "b ..."] | None = None,
         residual: bool = False,
     ) -> Float[Array, "b i j c_z"]:
-        x = self.query_norm(pair)
-        base = pair if residual else None
+        x, pair = self.query_norm.with_residual(pair)
         # among edges that end at a residue, query and key are where they start: the columns
         equation, axis = ("bqkc,ch->bhqk", 2) if self.starting else ("bkqc,ch->bhqk", 1)
         bias = jnp.einsum(equation, x, self.feat_2d_weights[...])
-        return self.attention.within(x, pair_mask, bias, axis, base, factor)
+        (projected,) = self.attention.project(x)
+        return self.attention.within(projected, pair_mask, pair, bias, axis, factor, residual)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):

@@ -161,7 +161,7 @@ def _call_primitives(track: Track, modules: Named, x: Named) -> Named:
         "layer_norm": modules["layer_norm"](x["q"]),
         "attention": modules["attention"](*data),
         "ungated": modules["ungated"](*data),
-        "global_attention": modules["global_attention"](x["q"], x["q_mask"]),
+        "global_attention": modules["global_attention"](x["q"], x["q_mask"], x["q"]),
         "transition": modules["transition"](x["q"]),
     }
 

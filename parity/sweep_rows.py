@@ -110,7 +110,7 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "optimizer": lambda s, t: optimizer.update(
         s[0], OptimizerConfig(), KIND[1], t or optimizer.MEASURED
     ),
-    "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, t),
+    "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, tiles=t),
     "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
     "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
     "triangle project": lambda s, t: triangle.project(*_kind(s), tiles=t),

@@ -66,7 +66,8 @@ def launches() -> Iterator[Launch]:
         yield triangle_backward.project_backward(b, pairs, c, c, *KIND)
         yield triangle_backward.output_backward(b, (256, 256), c, c, *KIND, has_factor=True)
     outer = outer_product.Shape(256, 256, 32, 32, 128)
-    for kernel in (outer_product.project, outer_product.gradient, outer_product.weights):
+    yield outer_product.project(outer, *KIND, residual=True)
+    for kernel in (outer_product.gradient, outer_product.weights):
         yield kernel(outer, *KIND)
     yield rows.column_sums(256, 512, *KIND)
     yield optimizer.squares(93_000_000, KIND[1])

@@ -107,6 +107,7 @@ def test_linear_update(
         {"residues": 129, "sequences": 7, "batch": 2},
         {"residues": 37, "c": 24, "e": 20, "z": 72},
         {"residues": 1, "sequences": 1},
+        {"residues": 256, "sequences": 128, "residual": True},
         {"residues": 64, "sequences": 37, "dtype": torch.float32},
     ],
     ids=str,
@@ -170,7 +171,7 @@ def test_jax_linear_update(shared: int) -> None:
 
 
 def test_jax_outer_product_mean() -> None:
-    case = test_kernels_outer_product.Case(64, sequences=33, c=32, e=32, z=128)
+    case = test_kernels_outer_product.Case(64, sequences=33, c=32, e=32, z=128, residual=True)
     check_jax(jax_function("outer_product_mean"), test_kernels_outer_product.arrays(case))
 
 

@@ -78,6 +78,14 @@ def test_layer_norm() -> None:
     check(run, test_kernels_rows.norm_arrays((2, 5, 24), seed=0))
 
 
+def test_layer_norm_with_what_goes_around_it() -> None:
+    def run(implementation: str, x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+        normal, x = ops.layer_norm_residual(x, scale, offset, implementation=implementation)
+        return jnp.sin(normal) + 2 * x
+
+    check(run, test_kernels_rows.norm_arrays((2, 5, 24), seed=0))
+
+
 def test_transition() -> None:
     def run(implementation: str, **arrays: jax.Array) -> jax.Array:
         return ops.transition(**arrays, residual=True, implementation=implementation)
@@ -113,8 +121,9 @@ def test_outer_product_mean() -> None:
     def run(implementation: str, **given: jax.Array) -> jax.Array:
         return ops.outer_product_mean(**given, implementation=implementation)
 
-    case = test_kernels_outer_product.Case(5, c=8, e=4, batch=2)
-    check(run, test_kernels_outer_product.arrays(case))
+    for residual in (False, True):
+        case = test_kernels_outer_product.Case(5, c=8, e=4, batch=2, residual=residual)
+        check(run, test_kernels_outer_product.arrays(case))
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 9, 700), (1, 3)])

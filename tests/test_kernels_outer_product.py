@@ -28,6 +28,7 @@ class Case:
     z: int = 16
     batch: int = 1
     dtype: torch.dtype = torch.float32
+    residual: bool = False
 
 
 def arrays(case: Case) -> dict[str, Tensor]:
@@ -38,7 +39,8 @@ def arrays(case: Case) -> dict[str, Tensor]:
     mask[:, : s // 2, r - 1] = 0
     mask[:, s // 2 :, r // 2] = 0
     mask[:, 0, 0] = 1
-    return {
+    pair = {"pair": normal(generator, b, r, r, z)} if case.residual else {}
+    return pair | {
         "left": normal(generator, b, s, r, c) * mask[..., None],
         "right": normal(generator, b, s, r, e) * mask[..., None],
         "mask": mask,
@@ -61,10 +63,12 @@ def check(case: Case) -> None:
     [
         Case(1),
         Case(7, sequences=1),
+        Case(7, sequences=3, residual=True),
         Case(37, c=4, e=4),
         Case(9, c=5, e=3, z=24, batch=2),
         Case(10, sequences=17, c=16, e=2, z=40, batch=2),
         Case(8, sequences=16, c=16, e=16, dtype=torch.bfloat16),
+        Case(8, sequences=16, c=16, e=16, dtype=torch.bfloat16, residual=True),
     ],
     ids=str,
 )

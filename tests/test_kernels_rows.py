@@ -42,6 +42,16 @@ def test_layer_norm_in_bfloat16() -> None:
     kernel_checks.check(layer_norm, norm_arrays((33, 128), seed=1), torch.bfloat16)
 
 
+def with_residual(implementation: str, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    normal, x = ops.layer_norm_residual(x, scale, offset, implementation=implementation)
+    return torch.sin(normal) + 2 * x
+
+
+@pytest.mark.parametrize("shape", [(7, 37), (2, 3, 64), (129, 8)], ids=str)
+def test_layer_norm_with_what_goes_around_it(shape: tuple[int, ...]) -> None:
+    kernel_checks.check(with_residual, norm_arrays(shape, seed=5))
+
+
 def transition(residual: bool) -> kernel_checks.Function:
     def run(implementation: str, **arrays: Tensor) -> Tensor:
         return ops.transition(**arrays, residual=residual, implementation=implementation)

@@ -9,10 +9,10 @@ from torchfold._triton import architecture, call, dtype_name
 
 
 def outer_product_mean(
-    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor
+    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
 ) -> Tensor:
-    """The projected mean [b i j z] over sequences of outer products."""
-    return _forward(left, right, mask, weights, bias)[0]
+    """The projected mean [b i j z] over sequences of outer products, added to ``pair``."""
+    return _forward(left, right, mask, weights, bias, pair)[0]
 
 
 def _shape(left: Tensor, right: Tensor, weights: Tensor) -> kernels.Shape:
@@ -27,20 +27,21 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 @torch.library.custom_op("twinfold::outer_product_mean", mutates_args=())
 def _forward(
-    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor
+    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The result, and the number of sequences of each pair."""
     wide_mask = mask.float()
     count = wide_mask.mT @ wide_mask
     shape = _shape(left, right, weights)
-    launch = kernels.project(shape, dtype_name(left), architecture(left.device))
-    (out,) = call(launch, _outer(left, right), weights, bias, count)
+    kind, residual = (dtype_name(left), architecture(left.device)), pair is not None
+    inputs = (_outer(left, right), weights, bias, count, pair if pair is not None else bias)
+    (out,) = call(kernels.project(shape, *kind, residual), *inputs)
     return out.view(*count.shape, shape.z), count
 
 
 @_forward.register_fake
 def _(
-    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor
+    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     pairs = (left.shape[0], left.shape[2], right.shape[2])
     return left.new_empty((*pairs, weights.shape[2])), mask.new_empty(pairs, dtype=torch.float32)
@@ -74,14 +75,15 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    left, right, _, weights, bias = inputs
+    left, right, _, weights, bias, pair = inputs
+    ctx.residual = pair is not None
     ctx.set_materialize_grads(False)  # of the counts, which have none
     ctx.save_for_backward(left, right, weights, bias, output[1])
 
 
 def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
     left, right, weights, bias = _backward(grad, *ctx.saved_tensors)
-    return left, right, None, weights, bias
+    return left, right, None, weights, bias, grad if ctx.residual else None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

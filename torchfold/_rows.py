@@ -32,16 +32,19 @@ def _(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("twinfold::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by x, and by scale and offset end to end."""
-    c = x.shape[-1]
-    launch = norm_kernels.backward(x.numel() // c, c, dtype_name(x), architecture(x.device))
-    x_grad, sums = call(launch, x, scale, grad, grad)
+def _layer_norm_backward(
+    x: Tensor, scale: Tensor, grad: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x, ``residual`` added, and by scale and offset end to end."""
+    n, c = x.numel() // x.shape[-1], x.shape[-1]
+    kind = dtype_name(x), architecture(x.device)
+    launch = norm_kernels.backward(n, c, *kind, residual is not None)
+    x_grad, sums = call(launch, x, scale, grad, grad if residual is None else residual)
     return x_grad.view(x.shape), sum_columns(sums, scale)
 
 
 @_layer_norm_backward.register_fake
-def _(x: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, scale: Tensor, grad: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(2 * scale.shape[0])
 
 
@@ -49,12 +52,28 @@ def _save_norm(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:2])
 
 
-def _norm_gradients(ctx, grad):  # type: ignore[no-untyped-def]
-    x_grad, vectors = _layer_norm_backward(*ctx.saved_tensors, grad)
+def _norm_gradients(ctx, grad, residual=None):  # type: ignore[no-untyped-def]
+    x_grad, vectors = _layer_norm_backward(*ctx.saved_tensors, grad, residual)
     return x_grad, *vectors.chunk(2)
 
 
 layer_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+def layer_norm_residual(x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Layer normalisation and x itself; one kernel sums the gradients by both."""
+    return _NormResidual.apply(x, scale, offset)  # type: ignore[no-untyped-call]
+
+
+class _NormResidual(torch.autograd.Function):
+    """Not an operator of its own: those may not return what they are given."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, offset: Tensor):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, scale)
+        return layer_norm(x, scale, offset), x
+
+    backward = staticmethod(_norm_gradients)
 
 
 # Transition ---------------------------------------------------------------------------------------

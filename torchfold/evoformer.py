@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchfold import ops, primitives
 from torchfold._compiled import trunk_piece
+from torchfold._products import products
 from torchfold.primitives import (
     Attention,
     DropoutKey,
@@ -48,11 +49,11 @@ class MSARowAttentionWithPairBias(nn.Module):
         factor: Float[Tensor, "b 1 r c_m"] | None = None,
         residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
-        x = self.query_norm(msa)
+        x, msa = self.query_norm.with_residual(msa)
         # a plain product: an einsum to [b h i j] would transpose the pair's gradient
-        bias = torch.movedim(self.feat_2d_norm(pair) @ self.feat_2d_weights, -1, 1)
-        base = msa if residual else None
-        return self.attention.within(x, msa_mask, bias, base=base, factor=factor)
+        bias = torch.movedim(self.feat_2d_norm(pair) @ self.feat_2d_weights, -1, 1).contiguous()
+        (projected,) = self.attention.project(x)
+        return self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
 
 
 class MSAColumnAttention(nn.Module):
@@ -69,8 +70,9 @@ class MSAColumnAttention(nn.Module):
         msa_mask: Float[Tensor, "b s r"],
         residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
-        base = msa if residual else None
-        return self.attention.within(self.query_norm(msa), msa_mask, axis=1, base=base)
+        x, msa = self.query_norm.with_residual(msa)
+        (projected,) = self.attention.project(x)
+        return self.attention.within(projected, msa_mask, msa, axis=1, residual=residual)
 
 
 class MSAColumnGlobalAttention(nn.Module):
@@ -87,8 +89,8 @@ class MSAColumnGlobalAttention(nn.Module):
         msa_mask: Float[Tensor, "b s r"],
         residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
-        base = msa if residual else None
-        return self.attention(self.query_norm(msa), msa_mask, axis=1, base=base)
+        x, msa = self.query_norm.with_residual(msa)
+        return self.attention(x, msa_mask, msa, axis=1, residual=residual)
 
 
 class OuterProductMean(nn.Module):
@@ -103,13 +105,19 @@ class OuterProductMean(nn.Module):
         self.output_b = parameter((c_z,), "zeros")
 
     def forward(
-        self, msa: Float[Tensor, "b s r c_m"], msa_mask: Float[Tensor, "b s r"]
+        self,
+        msa: Float[Tensor, "b s r c_m"],
+        msa_mask: Float[Tensor, "b s r"],
+        pair: Float[Tensor, "b i j c_z"] | None = None,
     ) -> Float[Tensor, "b i j c_z"]:
+        """The update; with ``pair``, added to it."""
         x = self.layer_norm_input(msa)
         mask = msa_mask[..., None].to(x.dtype)
-        left = mask * self.left_projection(x)
-        right = mask * self.right_projection(x)
-        return ops.outer_product_mean(left, right, msa_mask, self.output_w, self.output_b)
+        layers = (self.left_projection, self.right_projection)
+        left, right = products(x, *((layer.weights, layer.bias) for layer in layers))
+        left, right = mask * left, mask * right
+        output = self.output_w, self.output_b
+        return ops.outer_product_mean(left, right, msa_mask, *output, pair)
 
 
 class EvoformerBlock(nn.Module):
@@ -166,7 +174,7 @@ class EvoformerBlock(nn.Module):
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair]:
         msa = self._update_msa(msa, pair, msa_mask, dropout)
-        pair = pair + self.outer_product_mean(msa, msa_mask)
+        pair = self.outer_product_mean(msa, msa_mask, pair)
         return msa, self._update_pair(pair, pair_mask, dropout)
 
     def _update_msa(

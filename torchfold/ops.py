@@ -95,6 +95,21 @@ def layer_norm(
     return (normal * scale.to(wide.dtype) + offset.to(wide.dtype)).to(x.dtype)
 
 
+def layer_norm_residual(
+    x: Float[Tensor, "*batch c"],
+    scale: Float[Tensor, " c"],
+    offset: Float[Tensor, " c"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Tensor, "*batch c"], Float[Tensor, "*batch c"]]:
+    """``layer_norm`` of x, and x: what goes around the norm, so that gradients are added in it."""
+    if _kernel_runs("layer_norm_residual", implementation, x):
+        from torchfold import _rows
+
+        return _rows.layer_norm_residual(x, scale, offset)
+    return layer_norm(x, scale, offset, implementation=implementation), x
+
+
 def attention(
     query: Float[Tensor, "b g q h d"],
     key: Float[Tensor, "b g k h d"],
@@ -323,20 +338,23 @@ def outer_product_mean(
     mask: Float[Tensor, "b s r"],
     weights: Float[Tensor, "c e c_z"],
     bias: Float[Tensor, " c_z"],
+    pair: Float[Tensor, "b i j c_z"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Tensor, "b i j c_z"]:
     """Mean over sequences of the outer product, projected (Suppl. Alg. 10, lines 3-4).
 
-    ``left`` and ``right`` are zero where masked. The bias is divided by the count too.
+    ``left`` and ``right`` are zero where masked. The bias is divided by the count too. With
+    ``pair``, the mean is added to it.
     """
     if _kernel_runs("outer_product_mean", implementation, left, right):
         from torchfold import _outer_product
 
-        return _outer_product.outer_product_mean(left, right, mask, weights, bias)
+        return _outer_product.outer_product_mean(left, right, mask, weights, bias, pair)
     outer = _sum_product("bsic,bsje->bijce", left, right).to(left.dtype)
     projected = _sum_product("bijce,cez->bijz", outer, weights)
     wide_mask = mask.to(projected.dtype)
     count = torch.einsum("bsi,bsj->bij", wide_mask, wide_mask)
     total = projected + bias.to(projected.dtype)
-    return (total / (OUTER_PRODUCT_EPS + count)[..., None]).to(left.dtype)
+    update = (total / (OUTER_PRODUCT_EPS + count)[..., None]).to(left.dtype)
+    return update if pair is None else pair + update

@@ -20,6 +20,7 @@ from foldcore import dropout as definition
 from torchfold import ops
 from torchfold._masks import MaskPlan, Masks, Rehearsal, Request, kept
 from torchfold._masks import threefry as _threefry
+from torchfold._products import products
 
 Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
@@ -59,6 +60,12 @@ class LayerNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch c"]:
         return ops.layer_norm(x, self.scale, self.offset)
 
+    def with_residual(
+        self, x: Float[Tensor, "*batch c"]
+    ) -> tuple[Float[Tensor, "*batch c"], Float[Tensor, "*batch c"]]:
+        """The same, and x to add an update to: one kernel sums the gradients by both."""
+        return ops.layer_norm_residual(x, self.scale, self.offset)
+
 
 class Attention(nn.Module):
     """Multi-head attention with an optional gate (Suppl. Alg. 7, lines 2-7, without the norm)."""
@@ -94,42 +101,45 @@ class Attention(nn.Module):
             gathered = gathered * torch.sigmoid(gate)
         return torch.einsum("bgqhd,hdo->bgqo", gathered, self.output_w) + self.output_b
 
+    def project(
+        self, x: Float[Tensor, "b s r c"], *others: Float[Tensor, "c n"]
+    ) -> tuple[Tensor, ...]:
+        """What ``ops.gated_attention`` reads of each position; then x by each of ``others``."""
+        packed = torch.stack((self.query_w, self.gating_w, self.key_w, self.value_w), dim=1)
+        projected, *rest = products(x, (packed.flatten(1), None), *((w, None) for w in others))
+        return projected.unflatten(-1, packed.shape[1:]), *rest
+
     def within(
         self,
-        x: Float[Tensor, "b s r c"],
+        projected: Float[Tensor, "b s r 4 h d"],
         mask: Float[Tensor, "b s r"],
+        base: Float[Tensor, "b s r c_out"],
         bias: Float[Tensor, "b h n n"] | None = None,
         axis: int = 2,
-        base: Float[Tensor, "b s r c_out"] | None = None,
         factor: Float[Tensor, "b ..."] | None = None,
+        residual: bool = False,
     ) -> Float[Tensor, "b s r c_out"]:
         """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
 
-        One product makes what ``ops.gated_attention`` reads of a position. The result is multiplied
-        by ``factor`` (dropout) and added to ``base``.
+        The result is an update of ``base``, multiplied by ``factor`` (dropout), and with
+        ``residual`` added to it.
         """
-        weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
-        packed = torch.stack(weights, dim=1)
-        c_hidden = packed.shape[-1]
-        projected = (x @ packed.flatten(1)).unflatten(-1, packed.shape[1:])
-        gathered = ops.gated_attention(
-            projected, self.gating_b, mask, bias, axis=axis, scale=c_hidden**-0.5
-        )
-        return _project(gathered, self.output_w, self.output_b, x, base, factor)
+        scale = self.query_w.shape[-1] ** -0.5
+        gathered = ops.gated_attention(projected, self.gating_b, mask, bias, axis=axis, scale=scale)
+        return _project(gathered, self.output_w, self.output_b, base, factor, residual)
 
 
 def _project(
     gathered: Float[Tensor, "b s r h d"],
     weights: Float[Tensor, "h d c"],
     bias: Float[Tensor, " c"],
-    x: Float[Tensor, "b s r c"],
-    base: Float[Tensor, "b s r c"] | None,
+    base: Float[Tensor, "b s r c"],
     factor: Float[Tensor, "b ..."] | None,
+    residual: bool,
 ) -> Float[Tensor, "b s r c"]:
-    """The heads' results as one, times ``factor``, added to ``base``; ``x`` shows its shape."""
+    """The heads' results as one update of ``base``, times ``factor``."""
     flat = gathered.flatten(3), weights.flatten(0, 1)
-    residual = base is not None
-    return ops.linear_update(x if base is None else base, *flat, bias, factor, residual=residual)
+    return ops.linear_update(base, *flat, bias, factor, residual=residual)
 
 
 class GlobalAttention(nn.Module):
@@ -149,10 +159,11 @@ class GlobalAttention(nn.Module):
         self,
         x: Float[Tensor, "b s r c"],
         mask: Float[Tensor, "b s r"],
+        base: Float[Tensor, "b s r c"],
         axis: int = 2,
-        base: Float[Tensor, "b s r c"] | None = None,
+        residual: bool = False,
     ) -> Float[Tensor, "b s r c"]:
-        """Along the rows (axis 2) or the columns (axis 1) of a table, added to ``base``."""
+        """Along the rows (axis 2) or the columns (axis 1), an update of ``base`` or added to it."""
         c_hidden = self.query_w.shape[-1]
         mean = _masked_mean(x, mask, axis)
         query = torch.einsum("bgc,chd->bghd", mean, self.query_w) * c_hidden**-0.5
@@ -162,7 +173,7 @@ class GlobalAttention(nn.Module):
         gathered = ops.global_attention(query, key, value, mask)
         gate = torch.einsum("bsrc,chd->bsrhd", x, self.gating_w) + self.gating_b
         gathered = gathered.unsqueeze(axis) * torch.sigmoid(gate)
-        return _project(gathered, self.output_w, self.output_b, x, base, factor=None)
+        return _project(gathered, self.output_w, self.output_b, base, None, residual)
 
 
 def _masked_mean(
@@ -256,23 +267,23 @@ def dropout(
 
     The mask is the same along ``shared_axis`` (Suppl. 1.11.6).
     """
-    if key is None or rate == 0:
-        return update
-    shape = list(update.shape)
-    if shared_axis is not None:
-        shape[shared_axis] = 1
-    keep = keep_mask(tuple(shape), rate, key, name)
-    return torch.where(keep, update / (1 - rate), 0).to(update.dtype)
+    factor = dropout_factor(update, rate, key, name, shared_axis)
+    return update if factor is None else (update * factor).to(update.dtype)
 
 
 def dropout_factor(
-    x: Float[Tensor, "b *rest"], rate: float, key: DropoutKey | None, name: str, shared_axis: int
+    x: Float[Tensor, "b *rest"],
+    rate: float,
+    key: DropoutKey | None,
+    name: str,
+    shared_axis: int | None,
 ) -> Float[Tensor, "b ..."] | None:
     """What ``dropout`` multiplies an update of ``x`` by, of size 1 along ``shared_axis``."""
     if key is None or rate == 0:
         return None
     shape = list(x.shape)
-    shape[shared_axis] = 1
+    if shared_axis is not None:
+        shape[shared_axis] = 1
     if key._masks is not None:
         request = Request(f"{key.scope}/{name}", tuple(shape[1:]), rate, key._repeat)
         if (factor := key._masks.factor(request)) is not None:

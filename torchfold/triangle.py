@@ -87,14 +87,14 @@ class TriangleAttention(nn.Module):
         factor: Float[Tensor, "b ..."] | None = None,
         residual: bool = False,
     ) -> Float[Tensor, "b i j c_z"]:
-        x = self.query_norm(pair)
-        base = pair if residual else None
-        # a plain product: an einsum to [b h i j] would transpose x, and its gradient
-        bias = torch.movedim(x @ self.feat_2d_weights, -1, 1)
-        if self.starting:
-            return self.attention.within(x, pair_mask, bias, 2, base, factor)
-        # among edges that end at a residue, query and key are where they start: the columns
-        return self.attention.within(x, pair_mask, bias.mT, 1, base, factor)
+        x, pair = self.query_norm.with_residual(pair)
+        projected, bias = self.attention.project(x, self.feat_2d_weights)
+        bias, axis = torch.movedim(bias, -1, 1), 2
+        if not self.starting:
+            # among edges that end at a residue, query and key are where they start: the columns
+            bias, axis = bias.mT, 1
+        bias = bias.contiguous()  # as kernels read it, forward and backward
+        return self.attention.within(projected, pair_mask, pair, bias, axis, factor, residual)
 
 
 class TriangleAttentionStartingNode(TriangleAttention):

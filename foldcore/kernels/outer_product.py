@@ -62,12 +62,14 @@ def outer_product_project_kernel(
     weights_ptr,  # [k, z]
     bias_ptr,  # [z]
     count_ptr,  # [n] float32: sequences that have both residues
+    pair_ptr,  # [n, z]: what the mean is added to
     out_ptr,  # [n, z]
     N: tl.constexpr,
     J: tl.constexpr,
     C: tl.constexpr,
     E: tl.constexpr,
     Z: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Z: tl.constexpr,
@@ -86,7 +88,10 @@ def outer_product_project_kernel(
         total += product(outer, weights.to(outer.dtype))
     total += load_vector(bias_ptr, column, Z)
     total /= load_vector(count_ptr + start, row, left) + COUNT_EPS
-    store_tile(out_ptr + start.to(tl.int64) * Z, total, left, Z, row, column, Z, 1)
+    at = start.to(tl.int64) * Z
+    if RESIDUAL:
+        total += load_tile(pair_ptr + at, left, Z, row, column, Z, 1).to(tl.float32)
+    store_tile(out_ptr + at, total, left, Z, row, column, Z, 1)
 
 
 @triton.jit
@@ -160,14 +165,23 @@ def outer_product_weights_kernel(
     store_tile(at, total, C * E - k, Z, weights_row, column, Z, 1)
 
 
-def project(shape: Shape, dtype: str, architecture: int, tiles: Tiles | None = None) -> Launch:
-    """(outer products, weights, bias, count) -> their projected mean [n, z]."""
+def project(
+    shape: Shape,
+    dtype: str,
+    architecture: int,
+    residual: bool = False,
+    tiles: Tiles | None = None,
+) -> Launch:
+    """(outer products, weights, bias, count, pair) -> their projected mean [n, z].
+
+    With ``residual`` it is added to the pair, which is not read without.
+    """
     tiles = tiles or choose(PROJECT, shape.z, dtype, architecture)
     return Launch(
         kernel=outer_product_project_kernel,
         grid=(cdiv(shape.n, tiles.rows),),
         outputs=(Output((shape.n, shape.z), dtype),),
-        constants=shape.constants | blocks(shape, tiles),
+        constants=shape.constants | blocks(shape, tiles) | {"RESIDUAL": residual},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
