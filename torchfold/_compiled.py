@@ -7,7 +7,8 @@ well ("blocks"), whose time goes into kernels that are there already.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,17 @@ def enable(what: str) -> None:
         import torch._dynamo  # slow to import, and only needed here
 
         torch._dynamo.config.recompile_limit = VERSIONS
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Run pieces as they are written, for instance where they are only looked at."""
+    global _enabled
+    before, _enabled = _enabled, "none"
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 def piece(function: Function) -> Function:

@@ -115,7 +115,9 @@ class Network:
             key = replace(dropout, _masks=Rehearsal(plan, dropout.example_id.device))
             count = batch["aatype"].shape[0]
             once = {**batch, "num_iter_recycling": torch.zeros(count, dtype=torch.int32)}
-            with torch.no_grad():
+            # as it is written: a piece that notes masks is no program of the step; and the tables
+            # that pieces read are filled by it
+            with torch.no_grad(), _compiled.paused():
                 functional_call(self._model, by_path, (once, key))
             self._plans[shapes] = plan
         return self._plans[shapes]
