@@ -30,6 +30,9 @@ from jaxfold.violations import structural_violation_loss
 Arrays = Mapping[str, Array]
 
 _CA = constants.atom_order["CA"]
+# Of a bin. Scores are ratios of small whole numbers, often right at the edge of a bin, where their
+# last digit must not decide; any other score of thousands of pairs is further from one.
+AT_EDGE = 1e-4
 
 
 def alphafold_loss(
@@ -123,9 +126,13 @@ def plddt_loss(outputs: Arrays, batch: Arrays) -> Float[Array, " b"]:
     mask = batch["all_atom_mask"][..., _CA]
     predicted = jax.lax.stop_gradient(outputs["final_atom37_positions"][..., _CA, :])
     score = lddt_ca(predicted, batch["all_atom_positions"][..., _CA, :], mask)
-    bins = logits.shape[-1]
-    label = jnp.minimum(jnp.floor(score * bins).astype(jnp.int32), bins - 1)
+    label = lddt_bin(score, logits.shape[-1])
     return masked_mean(mask, cross_entropy(logits, label), 1e-8)
+
+
+def lddt_bin(score: Float[Array, "*batch"], bins: int) -> Int[Array, "*batch"]:
+    """Which of equal bins of 0..1 a score is in; one at an edge belongs to the bin above it."""
+    return jnp.minimum(jnp.floor(score * bins + AT_EDGE).astype(jnp.int32), bins - 1)
 
 
 def lddt_ca(

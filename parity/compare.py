@@ -32,6 +32,8 @@ FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
+# on a GPU most of the time goes into looking for the quickest of several products that are as good
+UNTUNED = "--xla_gpu_autotune_level=0"
 STEPS, QUICK_STEPS = 100, 12
 FULL_SIZE = "configs/initial_training.toml"
 FULL_SIZE_LEVELS = {2, 3}
@@ -146,6 +148,8 @@ def settings(job: Options) -> dict[str, str]:
     if job.device == "cpu":
         own |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         own |= {"XLA_FLAGS": FAST_COMPILE}
+    else:
+        own |= {"XLA_FLAGS": UNTUNED}
     return {**os.environ, **own}
 
 

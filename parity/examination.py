@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from parity.case import Case, Run, Setting
-from parity.judge import TRACKS, Scale, Verdict, is_number, unrounded
+from parity.judge import TRACKS, Scale, Verdict, is_number, spread_of, unrounded
 from parity.noise import floors_of_sums, perturbed, redrawn
 from parity.tracks import Arrays
 
 EXACT = "float64"
+Result = TypeVar("Result")
 
 
 def examine(
@@ -56,19 +59,20 @@ class Examination:
 
     def verdict(self, name: str, inputs: Arrays) -> Verdict:
         """On one variant."""
-        found = {who: self._run(who, name, self.parameters, inputs) for who in self.runs}
+        found = self._beside(partial(self._run, name, self.parameters, inputs))
         found["jax"] = unrounded(found["jax"])
         exact = unrounded(found.pop(EXACT)) if EXACT in found else None
         scale = Scale(found, exact, self.setting.dtype)
         if self.noisy:
-            for who in self.runs:  # of one at a time: a step of a large network returns gigabytes
-                scale.measure(self._moved_runs(who, name, inputs))
+            # the runs of one at a time: a step of a large network returns gigabytes
+            spreads = self._beside(lambda who: spread_of(self._moved_runs(who, name, inputs)))
+            scale.spreads = list(spreads.values())
             scale.sums = self._floors_of_sums(name, inputs, found)
         rows = scale.rows(found)
         with_oracle = exact is not None and not self.noisy
         verdict = Verdict(name, self.case.level, self.setting.dtype, rows, with_oracle)
         changed = self.case.mutate(self.parameters, inputs)
-        broken = {track: self._run(track, f"{name}, broken", *changed) for track in TRACKS}
+        broken = self._beside(partial(self._run, f"{name}, broken", *changed), TRACKS)
         look_at_mutation(verdict, scale, found, broken)
         return verdict
 
@@ -76,8 +80,7 @@ class Examination:
         """What one of ``runs`` finds for moved parameters and inputs."""
 
         def run(number: int, own: Arrays, changed: Arrays) -> Arrays:
-            given: Any = own, {**inputs, **changed}
-            return unrounded(self._run(who, f"{name}, moved {number}", *given))
+            return unrounded(self._run(f"{name}, moved {number}", own, {**inputs, **changed}, who))
 
         return [run(number, *moved) for number, moved in enumerate(self.moved, 1)]
 
@@ -92,14 +95,27 @@ class Examination:
         errors: list[list[Arrays]] = [[] for _ in TRACKS]
         for i, (own, changed) in enumerate(redrawn(self.case, self.parameters, inputs), 1):
             given: Any = own, {**inputs, **changed}
-            far = {who: self._run(who, f"{name}, redrawn {i}", *given) for who in self.runs}
+            far = self._beside(partial(self._run, f"{name}, redrawn {i}", *given))
             exact = {n: np.asarray(far[EXACT][n], np.float64) for n in numbers}
             for track, list_of_errors in zip(TRACKS, errors, strict=True):
                 list_of_errors.append({n: relative(far[track][n], exact[n]) for n in numbers})
         self.sums = floors_of_sums(errors)
         return self.sums
 
-    def _run(self, who: str, what: str, parameters: Arrays, inputs: Arrays) -> Arrays:
+    def _beside(
+        self, work: Callable[[str], Result], runs: Sequence[str] | None = None
+    ) -> dict[str, Result]:
+        """``work`` for each run; on a GPU, which they wait for, JAX's beside PyTorch's."""
+        runs = tuple(runs or self.runs)
+        if self.setting.device != "gpu":
+            return {who: work(who) for who in runs}
+        lanes = [[who for who in runs if (who == "jax") == jax] for jax in (True, False)]
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            done = pool.map(lambda lane: {who: work(who) for who in lane}, lanes)
+            found = {who: result for lane in done for who, result in lane.items()}
+        return {who: found[who] for who in runs}
+
+    def _run(self, what: str, parameters: Arrays, inputs: Arrays, who: str) -> Arrays:
         start = time.perf_counter()
         found = self.runs[who](parameters, inputs)
         self.say(f"{self.setting.dtype} {what}: {who} took {time.perf_counter() - start:.1f} s")

@@ -1,7 +1,7 @@
 """Judges what the tracks found: the errors of every array, and their yardstick."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,9 @@ from parity.noise import (
     FLOAT64,
     FLOORS,
     ROUNDING,
+    count,
     count_of_differences,
+    each,
     noise_floor,
     norm_of_difference,
     spread,
@@ -58,6 +60,12 @@ class Verdict:
         return max(rows or self.rows, key=lambda row: row.ratio / row.limit)
 
     @property
+    def failed(self) -> list[Row]:
+        """Those that are further off than they may be, the worst first."""
+        rows = [row for row in self.rows if row.ratio > row.limit]
+        return sorted(rows, key=lambda row: -row.ratio / row.limit)
+
+    @property
     def passed(self) -> bool:
         """All arrays agree, and the comparison can fail."""
         return self.worst.ratio <= self.worst.limit and not self.unnoticed
@@ -76,6 +84,7 @@ class Verdict:
             "ratio": worst.ratio,
             "limit": worst.limit,
             "worst": worst.name,
+            "failed": [asdict(row) for row in self.failed],
             "arrays": len(self.rows),
             "oracle": self.oracle,
             "zero": sorted(row.name for row in self.rows if row.zero),
@@ -98,7 +107,7 @@ class Scale:
         self.reference = found["jax"] if exact is None else {**found["jax"], **exact}
         gradients = [x for n, x in self.reference.items() if n.startswith("gradient")]
         self.largest = max((self.size_of(x) for x in gradients), default=0.0)
-        self.spreads: list[Arrays] = []
+        self.spreads: list[Arrays] = []  # of perturbed runs: of each track in turn, then in float64
         self.sums: Arrays = {}  # more floors, of single numbers, relative to their size
 
     @staticmethod
@@ -109,19 +118,10 @@ class Scale:
     def _length(array: np.ndarray) -> float:
         return float(np.linalg.norm(np.asarray(array, np.float64)))
 
-    def measure(self, runs: list[Arrays]) -> None:
-        """Take the spread of perturbed runs as noise: of each track in turn, then in float64."""
-
-        def apart(kind: bool, distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:
-            return spread(
-                [{n: x for n, x in r.items() if is_step(n) == kind} for r in runs], distance
-            )
-
-        self.spreads.append(apart(False, norm_of_difference) | apart(True, count_of_differences))
-
     def rows(self, found: dict[str, Arrays]) -> list[Row]:
         """The verdict on every array."""
-        return [self._row(name, found) for name in unrounded(found["jax"])]
+        names = unrounded(found["jax"])
+        return each(lambda name: self._row(name, found), names, count(names))
 
     def _row(self, name: str, found: dict[str, Arrays]) -> Row:
         jax, torch = (np.asarray(found[track][name], np.float64) for track in TRACKS)
@@ -168,6 +168,15 @@ class Scale:
             return Row(name, counts[0], counts[1], difference, most, 0.5, flips=int(most))
         usual = max(1.0, *(float(each[name]) for each in self.spreads))
         return Row(name, counts[0], counts[1], difference, most / usual, FLOORS, flips=int(most))
+
+
+def spread_of(runs: list[Arrays]) -> Arrays:
+    """How far perturbed runs lie apart: distances, and counts where an array holds steps."""
+
+    def apart(kind: bool, distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:
+        return spread([{n: x for n, x in r.items() if is_step(n) == kind} for r in runs], distance)
+
+    return apart(False, norm_of_difference) | apart(True, count_of_differences)
 
 
 def unrounded(found: Arrays) -> Arrays:

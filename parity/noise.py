@@ -7,17 +7,22 @@ place of the result, which is rounded itself. A single number, a sum of many, ha
 unit: ``redrawn`` moves the parameters further for it.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from parity.case import Case, Setting
 from parity.tracks import Arrays
 
+Result = TypeVar("Result")
 FLOAT64 = 1e-9
 FLOORS = 4.0  # how many noise floors a result may be off
 FEW = 8  # the spread of fewer numbers than this is known badly from few runs
 REDRAWN_RUNS = 3
+MANY = 10_000_000  # numbers, for which threads are worth while
 BITS_LESS = {"float32": 0, "bfloat16": 16}  # of the significand, than float32
 # half a unit in the last place of 1, the most that rounding a result changes it
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
@@ -72,7 +77,10 @@ def _moved(
     case: Case, parameters: Arrays, inputs: Arrays, move: Callable[..., np.ndarray], runs: int
 ) -> list[tuple[Arrays, Arrays]]:
     def all_of(arrays: Arrays, random: np.random.Generator) -> Arrays:
-        return {name: move(name, arrays[name], random) for name in sorted(arrays)}
+        names = sorted(arrays)
+        of_one = dict(zip(names, random.spawn(len(names)), strict=True))
+        moved = each(lambda name: move(name, arrays[name], of_one[name]), names, count(arrays))
+        return dict(zip(names, moved, strict=True))
 
     chosen = {name: inputs[name] for name in case.perturbed_inputs}
     draws = (np.random.default_rng(seed) for seed in range(runs))
@@ -82,7 +90,24 @@ def _moved(
 def spread(runs: Sequence[Arrays], distance: Callable[[np.ndarray, np.ndarray], float]) -> Arrays:
     """For every array, the largest distance between two of the runs."""
     pairs = [(a, b) for i, a in enumerate(runs) for b in runs[:i]]
-    return {name: np.array(max(distance(a[name], b[name]) for a, b in pairs)) for name in runs[0]}
+
+    def largest(name: str) -> np.ndarray:
+        return np.array(max(distance(a[name], b[name]) for a, b in pairs))
+
+    return dict(zip(runs[0], each(largest, runs[0], count(runs[0])), strict=True))
+
+
+def each(work: Callable[[str], Result], names: Iterable[str], numbers: int) -> list[Result]:
+    """``work`` for every name, in threads if there are many numbers: numpy lets others compute."""
+    if numbers < MANY:
+        return [work(name) for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, names))
+
+
+def count(arrays: Arrays) -> int:
+    """Of all their numbers."""
+    return sum(array.size for array in arrays.values())
 
 
 def norm_of_difference(one: np.ndarray, two: np.ndarray) -> float:

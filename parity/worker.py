@@ -116,7 +116,8 @@ def line(entry: dict[str, Any]) -> str:
     start = f"{word} {entry['dtype']:8} {entry['name']}: "
     if "reason" in entry:
         return start + entry["reason"]
-    found = f"{entry['ratio']:.2g} of {entry['limit']:g} ({entry['worst']})"
+    more = f" and {len(entry['failed']) - 1} more" if len(entry["failed"]) > 1 else ""
+    found = f"{entry['ratio']:.2g} of {entry['limit']:g} ({entry['worst']}{more})"
     return f"{start}{found}, {entry['seconds']:.1f} s"
 
 

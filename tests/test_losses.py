@@ -433,6 +433,19 @@ def test_lddt_agrees_with_the_metric(batch: Arrays) -> None:
     np.testing.assert_allclose(whole, metrics.lddt_ca(predicted[0], truth[0], mask[0]), rtol=1e-6)
 
 
+def test_a_score_at_the_edge_of_a_bin_is_not_decided_by_its_last_digit() -> None:
+    pairs = np.arange(1, 200)[:, None]
+    quarters = np.arange(0, 800)[None, :]
+    kept, total = (x.ravel() for x in np.broadcast_arrays(quarters, 4 * pairs))
+    real = kept <= total
+    kept, total = kept[real], total[real]
+    exact = np.minimum(50 * kept // total, 49)
+    score = (kept / 4).astype(np.float32) * (1 / (total / 4).astype(np.float32))
+    assert np.any(np.floor(score * 50) < 50 * kept // total)  # a division by the reciprocal
+    for nudged in (score, np.nextafter(score, np.float32(0)), np.nextafter(score, np.float32(2))):
+        np.testing.assert_array_equal(losses.lddt_bin(jnp.asarray(nudged), 50), exact)
+
+
 def test_confidence_is_decoded_from_its_bins() -> None:
     np.testing.assert_allclose(
         compute_plddt(jnp.asarray(sure(np.array([[0, 25, 49]]), 50))), [[1, 51, 99]]

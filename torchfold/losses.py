@@ -33,6 +33,9 @@ from torchfold.violations import structural_violation_loss
 Arrays = Mapping[str, Tensor]
 
 _CA = constants.atom_order["CA"]
+# Of a bin. Scores are ratios of small whole numbers, often right at the edge of a bin, where their
+# last digit must not decide; any other score of thousands of pairs is further from one.
+AT_EDGE = 1e-4
 
 
 def alphafold_loss(
@@ -136,9 +139,13 @@ def plddt_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     mask = batch["all_atom_mask"][..., _CA]
     predicted = outputs["final_atom37_positions"][..., _CA, :].detach()
     score = lddt_ca(predicted, batch["all_atom_positions"][..., _CA, :], mask)
-    bins = logits.shape[-1]
-    label = torch.clamp(torch.floor(score * bins).to(torch.int32), max=bins - 1)
+    label = lddt_bin(score, logits.shape[-1])
     return masked_mean(mask, cross_entropy(logits, label), 1e-8)
+
+
+def lddt_bin(score: Float[Tensor, "*batch"], bins: int) -> Int[Tensor, "*batch"]:
+    """Which of equal bins of 0..1 a score is in; one at an edge belongs to the bin above it."""
+    return torch.clamp(torch.floor(score * bins + AT_EDGE).to(torch.int32), max=bins - 1)
 
 
 def lddt_ca(
