@@ -13,8 +13,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from foldcore.kernels.launch import Launch, Output, cdiv
+from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.rows import (
+    MIN_BLOCK,
     Tiles,
     block,
     choose,
@@ -27,15 +28,19 @@ from foldcore.kernels.rows import (
 
 # (architecture, channels of the tile that is loaded once, up to) -> sizes
 FORWARD = {
-    (90, 64): Tiles(128, 64, 4, 2),
-    (90, 128): Tiles(128, 64, 8, 2),
-    (90, 256): Tiles(64, 64, 4, 2),
+    (90, 64): Tiles(64, 64, 4, 1),
+    (90, 128): Tiles(64, 128, 8, 2),
+    (90, 256): Tiles(64, 256, 8, 2),
 }
 BACKWARD = {
     (90, 64): Tiles(128, 64, 4, 2),
     (90, 128): Tiles(128, 64, 8, 2),
     (90, 256): Tiles(64, 64, 8, 2),
 }
+# Of wide rows in FORWARD: programs, one for each multiprocessor, that take tiles in turn; channels
+# up to -> tiles whose loads are on their way at once, where they fit on chip; elements of weights
+# that a program holds at most.
+PROGRAMS, AHEAD, WEIGHTS = 132, {128: 3}, 256 * 256
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,23 @@ def linear_update_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    left = N - start
+    """Weights once a program, then tiles of rows in turn."""
+    c = tl.program_id(1) * BLOCK_C
     row = tl.arange(0, BLOCK_N)[:, None]
-    y = load_tile(y_ptr + start * K, left, K, row, tl.arange(0, BLOCK_K)[None, :], K, 1)
-    factors = factor_rows(tl.program_id(0) * BLOCK_N + row, I, J, SHARED)
-    for c in range(0, C, BLOCK_C):
-        column = tl.arange(0, BLOCK_C)[None, :]
-        weights = load_weights(weights_ptr, c, K, C, BLOCK_K, column).to(y.dtype)
-        update = product(y, weights) + load_vector(bias_ptr + c, column, C - c)
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    column = tl.arange(0, BLOCK_C)[None, :]
+    weights = load_weights(weights_ptr, c, K, C, BLOCK_K, column).to(y_ptr.dtype.element_ty)
+    bias = load_vector(bias_ptr + c, column, C - c)
+    tiles = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
+        start = tl.cast(tile, tl.int64) * BLOCK_N
+        left = N - start
+        y = load_tile(y_ptr + start * K, left, K, row, inner, K, 1)
+        update = product(y, weights) + bias
         if SHARED > 0:
+            factors = factor_rows(tile * BLOCK_N + row, I, J, SHARED)
             update *= load_factor(factor_ptr + c, factors, row, left, C - c, column, C)
         if RESIDUAL:
             at = x_ptr + start * C + c
@@ -172,10 +183,18 @@ def forward(
 ) -> Launch:
     """(y, weights, bias, x, factor) -> factor * (y @ weights + bias), plus x with ``residual``."""
     tiles = tiles or choose(FORWARD, k, dtype, architecture)
-    sizes = {"K": k, "C": c, "RESIDUAL": residual}
-    blocks = {"BLOCK_K": block(k), "BLOCK_C": tiles.fit(c)}
+    columns = max(MIN_BLOCK, min(tiles.fit(c), WEIGHTS // block(k)))
+    parts, count = cdiv(c, columns), cdiv(shape.rows, tiles.rows)
+    wide = dtype == "bfloat16" and block(k) >= 128
+    programs = max(1, PROGRAMS // parts) if wide else count
+    ahead = AHEAD.get(block(k)) if wide else None
+    if architecture == INTERPRETER:
+        programs, ahead = 2, 2
+    sizes = {"K": k, "C": c, "RESIDUAL": residual, "AHEAD": ahead}
+    blocks = {"BLOCK_K": block(k), "BLOCK_C": columns}
     outputs = (Output((shape.rows, c), dtype),)
-    return _launch(linear_update_forward_kernel, shape, outputs, sizes | blocks, tiles)
+    grid = min(count, programs), parts
+    return _launch(linear_update_forward_kernel, shape, outputs, sizes | blocks, tiles, grid)
 
 
 def backward(
@@ -192,15 +211,21 @@ def backward(
         Output((cdiv(shape.rows, tiles.rows), c), "float32"),
     )
     sizes = {"K": k, "C": c, "BLOCK_K": tiles.fit(k), "BLOCK_C": block(c)}
-    return _launch(linear_update_backward_kernel, shape, outputs, sizes, tiles)
+    grid = (cdiv(shape.rows, tiles.rows),)
+    return _launch(linear_update_backward_kernel, shape, outputs, sizes, tiles, grid)
 
 
 def _launch(
-    kernel: Any, shape: Shape, outputs: tuple[Output, ...], sizes: dict[str, Any], tiles: Tiles
+    kernel: Any,
+    shape: Shape,
+    outputs: tuple[Output, ...],
+    sizes: dict[str, Any],
+    tiles: Tiles,
+    grid: tuple[int, ...],
 ) -> Launch:
     return Launch(
         kernel=kernel,
-        grid=(cdiv(shape.rows, tiles.rows),),
+        grid=grid,
         outputs=outputs,
         constants=shape.constants | sizes | {"BLOCK_N": tiles.rows},
         num_warps=tiles.num_warps,
