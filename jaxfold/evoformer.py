@@ -46,10 +46,23 @@ class MSARowAttentionWithPairBias(nnx.Module):
         factor: Float[Array, "b 1 r c_m"] | None = None,
         residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
+        return self.with_pair(msa, pair, msa_mask, factor, residual)[0]
+
+    def with_pair(
+        self,
+        msa: Msa,
+        pair: Pair,
+        msa_mask: Float[Array, "b s r"],
+        factor: Float[Array, "b 1 r c_m"] | None = None,
+        residual: bool = False,
+    ) -> tuple[Msa, Pair]:
+        """The same, and the pair to go on with: its gradients are added in the norm's kernel."""
         x, msa = self.query_norm.with_residual(msa)
-        bias = jnp.einsum("bqkc,ch->bhqk", self.feat_2d_norm(pair), self.feat_2d_weights[...])
+        normal, pair = self.feat_2d_norm.with_residual(pair)
+        bias = jnp.einsum("bqkc,ch->bhqk", normal, self.feat_2d_weights[...])
         (projected,) = self.attention.project(x)
-        return self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
+        update = self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
+        return update, pair
 
 
 class MSAColumnAttention(nnx.Module):
@@ -104,12 +117,18 @@ class OuterProductMean(nnx.Module):
         pair: Float[Array, "b i j c_z"] | None = None,
     ) -> Float[Array, "b i j c_z"]:
         """The update; with ``pair``, added to it."""
-        x = self.layer_norm_input(msa)
+        return self.with_msa(msa, msa_mask, pair)[1]
+
+    def with_msa(
+        self, msa: Msa, msa_mask: Float[Array, "b s r"], pair: Pair | None = None
+    ) -> tuple[Msa, Pair]:
+        """The MSA to go on with, whose gradients are added in the norm's kernel; and the same."""
+        x, msa = self.layer_norm_input.with_residual(msa)
         mask = msa_mask[..., None].astype(x.dtype)
         left = mask * self.left_projection(x)
         right = mask * self.right_projection(x)
         output = self.output_w[...], self.output_b[...]
-        return ops.outer_product_mean(left, right, msa_mask, *output, pair)
+        return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair)
 
 
 class EvoformerBlock(nnx.Module):
@@ -163,21 +182,21 @@ class EvoformerBlock(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair]:
-        msa = self._update_msa(msa, pair, msa_mask, dropout)
-        pair = self.outer_product_mean(msa, msa_mask, pair)
+        msa, pair = self._update_msa(msa, pair, msa_mask, dropout)
+        msa, pair = self.outer_product_mean.with_msa(msa, msa_mask, pair)
         return msa, self._update_pair(pair, pair_mask, dropout)
 
     def _update_msa(
         self, msa: Msa, pair: Pair, msa_mask: Float[Array, "b s r"], dropout: DropoutKey | None
-    ) -> Msa:
-        name = "msa_row_attention_with_pair_bias"
+    ) -> tuple[Msa, Pair]:
+        name, row = "msa_row_attention_with_pair_bias", self.msa_row_attention_with_pair_bias
         factor = primitives.dropout_factor(msa, self.msa_dropout, dropout, name, shared_axis=1)
-        msa = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask, factor, residual=True)
+        msa, pair = row.with_pair(msa, pair, msa_mask, factor, residual=True)
         if self.global_column_attention:
             msa = self.msa_column_global_attention(msa, msa_mask, residual=True)
         else:
             msa = self.msa_column_attention(msa, msa_mask, residual=True)
-        return self.msa_transition(msa, residual=True)
+        return self.msa_transition(msa, residual=True), pair
 
     def _update_pair(
         self, pair: Pair, pair_mask: Float[Array, "b i j"], dropout: DropoutKey | None

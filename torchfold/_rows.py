@@ -70,6 +70,7 @@ class _NormResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, offset: Tensor):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)  # x may go nowhere else
         ctx.save_for_backward(x, scale)
         return layer_norm(x, scale, offset), x
 

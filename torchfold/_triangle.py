@@ -105,7 +105,7 @@ def _backward(
         center.view(-1, h).T @ update_grad.view(-1, c),
     )
     together = torch.cat(list(parameters[2:10:2]), dim=1)
-    rows_grad = torch.addmm(gate_grad @ parameters[14].T, projected_grad, together.T)
+    rows_grad = (gate_grad @ parameters[14].T).addmm_(projected_grad, together.T)
     launch = layer_norm.backward(len(rows), c, *kind, residual)
     pair_grad, norm_sums = call(launch, pair, parameters[0], rows_grad, grad)
     bias = parameters[3]

@@ -49,11 +49,24 @@ class MSARowAttentionWithPairBias(nn.Module):
         factor: Float[Tensor, "b 1 r c_m"] | None = None,
         residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
+        return self.with_pair(msa, pair, msa_mask, factor, residual)[0]
+
+    def with_pair(
+        self,
+        msa: Msa,
+        pair: Pair,
+        msa_mask: Float[Tensor, "b s r"],
+        factor: Float[Tensor, "b 1 r c_m"] | None = None,
+        residual: bool = False,
+    ) -> tuple[Msa, Pair]:
+        """The same, and the pair to go on with: its gradients are added in the norm's kernel."""
         x, msa = self.query_norm.with_residual(msa)
+        normal, pair = self.feat_2d_norm.with_residual(pair)
         # a plain product: an einsum to [b h i j] would transpose the pair's gradient
-        bias = torch.movedim(self.feat_2d_norm(pair) @ self.feat_2d_weights, -1, 1).contiguous()
+        bias = torch.movedim(normal @ self.feat_2d_weights, -1, 1).contiguous()
         (projected,) = self.attention.project(x)
-        return self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
+        update = self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
+        return update, pair
 
 
 class MSAColumnAttention(nn.Module):
@@ -111,13 +124,19 @@ class OuterProductMean(nn.Module):
         pair: Float[Tensor, "b i j c_z"] | None = None,
     ) -> Float[Tensor, "b i j c_z"]:
         """The update; with ``pair``, added to it."""
-        x = self.layer_norm_input(msa)
+        return self.with_msa(msa, msa_mask, pair)[1]
+
+    def with_msa(
+        self, msa: Msa, msa_mask: Float[Tensor, "b s r"], pair: Pair | None = None
+    ) -> tuple[Msa, Pair]:
+        """The MSA to go on with, whose gradients are added in the norm's kernel; and the same."""
+        x, msa = self.layer_norm_input.with_residual(msa)
         mask = msa_mask[..., None].to(x.dtype)
         layers = (self.left_projection, self.right_projection)
         left, right = products(x, *((layer.weights, layer.bias) for layer in layers))
         left, right = mask * left, mask * right
         output = self.output_w, self.output_b
-        return ops.outer_product_mean(left, right, msa_mask, *output, pair)
+        return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair)
 
 
 class EvoformerBlock(nn.Module):
@@ -173,21 +192,21 @@ class EvoformerBlock(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair]:
-        msa = self._update_msa(msa, pair, msa_mask, dropout)
-        pair = self.outer_product_mean(msa, msa_mask, pair)
+        msa, pair = self._update_msa(msa, pair, msa_mask, dropout)
+        msa, pair = self.outer_product_mean.with_msa(msa, msa_mask, pair)
         return msa, self._update_pair(pair, pair_mask, dropout)
 
     def _update_msa(
         self, msa: Msa, pair: Pair, msa_mask: Float[Tensor, "b s r"], dropout: DropoutKey | None
-    ) -> Msa:
-        name = "msa_row_attention_with_pair_bias"
+    ) -> tuple[Msa, Pair]:
+        name, row = "msa_row_attention_with_pair_bias", self.msa_row_attention_with_pair_bias
         factor = primitives.dropout_factor(msa, self.msa_dropout, dropout, name, shared_axis=1)
-        msa = self.msa_row_attention_with_pair_bias(msa, pair, msa_mask, factor, residual=True)
+        msa, pair = row.with_pair(msa, pair, msa_mask, factor, residual=True)
         if self.global_column_attention:
             msa = self.msa_column_global_attention(msa, msa_mask, residual=True)
         else:
             msa = self.msa_column_attention(msa, msa_mask, residual=True)
-        return self.msa_transition(msa, residual=True)
+        return self.msa_transition(msa, residual=True), pair
 
     def _update_pair(
         self, pair: Pair, pair_mask: Float[Tensor, "b i j"], dropout: DropoutKey | None
