@@ -18,6 +18,7 @@
 
 #define MAX_ARGUMENTS 64
 #define BUCKETS 1024
+#define ALIGNMENT 16  // of arrays, which kernels are compiled to rely on
 #define DEFAULT_SHARED (48 * 1024)  // what every kernel may use without asking
 
 typedef struct Loaded {  // a kernel in one device's context
@@ -211,6 +212,12 @@ XLA_FFI_Error* twinfold_execute(XLA_FFI_CallFrame* frame) {
   for (int64_t i = 0; i < frame->rets.size; ++i)
     values[n++] = ((XLA_FFI_Buffer*)frame->rets.rets[i])->data;
   for (size_t i = 0; i < n + 2; ++i) params[i] = &values[i];
+  for (size_t i = 0; i < n; ++i)
+    if ((i < (size_t)frame->args.size || i >= n - frame->rets.size) && (uintptr_t)values[i] % ALIGNMENT)
+      return fail(frame, XLA_FFI_Error_Code_INVALID_ARGUMENT,
+                  "array %zu of a Triton kernel is at no multiple of %d bytes, as a slice of another: "
+                  "put jax.lax.optimization_barrier around the slice",
+                  i, ALIGNMENT);
   Kernel* kernel;
   CUfunction function;
   CUstream stream;

@@ -53,9 +53,14 @@ def configure(config: Config) -> None:
 
 def _compiler_options(config: Config) -> dict[str, bool]:
     """XLA's options for this run's programs."""
-    if not config.train.deterministic or jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu":
         return {}
-    return {"xla_gpu_exclude_nondeterministic_ops": True}
+    # Kernels read a block's slice of the stacked parameters where it is. In a loop that saves what
+    # they compute for the backward pass, XLA would run them twice.
+    options = {"xla_gpu_enable_dynamic_slice_fusion": config.model.unroll}
+    if config.train.deterministic:
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+    return options
 
 
 class Network:
@@ -88,10 +93,14 @@ class Network:
 
     def unflatten(self, flat: Float[Array, " n"]) -> dict[str, Array]:
         """Parameters by name; the trunk's are cast to the dtype it computes in."""
-        return {
-            name: p.astype(self._dtype) if name.startswith(TRUNK) else p
-            for name, p in self.layout.unflatten(flat).items()
-        }
+
+        def placed(name: str, p: Array) -> Array:
+            if name.startswith(TRUNK) and p.dtype != self._dtype:
+                return p.astype(self._dtype)
+            # an array of its own: a part of the buffer begins at addresses that no kernel can read
+            return jax.lax.optimization_barrier(p)
+
+        return {name: placed(name, p) for name, p in self.layout.unflatten(flat).items()}
 
     def flatten(self, tree: Mapping[str, Array]) -> Float[Array, " n"]:
         """Arrays by name as one buffer in at least float32."""

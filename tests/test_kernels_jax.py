@@ -15,9 +15,11 @@ import torch
 
 import tests.triton_interpreter  # noqa: F401
 from foldcore import dropout as definition
+from foldcore.config import ModelConfig
 from foldcore.kernels.launch import INTERPRETER, Launch
 from jaxfold import _dropout, _linear_update, _outer_product, _rows, _triangle, ops
 from jaxfold.primitives import DropoutKey, keep_mask
+from jaxfold.step import Network
 from tests import (
     test_kernels_outer_product,
     test_kernels_rows,
@@ -145,3 +147,14 @@ def test_dropout_masks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
             numbers = {"seed": seed, "step": 7, "example_id": ids, "block": block, "recycling": 1}
             expected = definition.keep_mask(shape, rate, path=path, **numbers)
             np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_are_arrays_of_their_own(dtype: str) -> None:
+    """A kernel given a part of the flat buffer would read at addresses that it is not made for."""
+    network = Network(ModelConfig(dtype=dtype, evoformer_blocks=1))
+    flat = jax.ShapeDtypeStruct((network.layout.size,), jnp.float32)
+    program = jax.make_jaxpr(network.unflatten)(flat).jaxpr
+    made = {out: e.primitive.name for e in program.eqns for out in e.outvars}
+    found = {made[out] for out in program.outvars}
+    assert found <= {"optimization_barrier", "convert_element_type"}
