@@ -1,7 +1,7 @@
 """Triton's interpreter, with bfloat16 as a GPU computes with it, and for present versions of numpy.
 
-It keeps bfloat16 values as 16-bit integers, whose products Triton 3.6 takes as integers, and drops
-the lower half of a float32 where a GPU rounds. Its scalars are arrays of one element, which numpy
+It keeps bfloat16 values as 16-bit integers, whose sums and products Triton 3.6 takes as integers, and
+drops the lower half of a float32 where a GPU rounds. Its scalars are arrays of one element, which numpy
 2.4 no longer takes for bounds of a loop; the sizes of its arrays are compile-time numbers that do
 not divide. Import this before launching a kernel in a test.
 """
@@ -19,6 +19,7 @@ from torchfold import _triton
 
 _ONE_AT_A_TIME = threading.Lock()  # the interpreter changes triton.language while a kernel runs
 _create_dot = interpreter.InterpreterBuilder.create_dot
+_binary_op = interpreter.InterpreterBuilder.binary_op
 _convert_float = interpreter._convert_float
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
@@ -33,9 +34,24 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return _create_dot(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
 
 
+def binary_op(self, lhs, rhs, op):
+    if lhs.dtype.scalar != tl.bfloat16:
+        return _binary_op(self, lhs, rhs, op)
+    result = op(_widened(lhs).data, _widened(rhs).data)
+    if result.dtype != np.float32:  # a comparison
+        return interpreter.TensorHandle(result, tl.int1)
+    return interpreter.TensorHandle(_rounded(result), tl.bfloat16)
+
+
+def _rounded(data):
+    return data.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
 def convert_float(data, input_dtype, output_dtype, rounding_mode):
     if output_dtype == tl.bfloat16 and input_dtype == tl.float32:
-        return data.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+        return _rounded(data.view(np.float32))
+    if output_dtype == tl.float32 and input_dtype == tl.bfloat16:
+        return data.view(ml_dtypes.bfloat16).astype(np.float32).view(np.uint32)
     return _convert_float(data, input_dtype, output_dtype, rounding_mode)
 
 
@@ -45,6 +61,7 @@ def patch_lang_tensor(tensor, scope):
 
 
 interpreter.InterpreterBuilder.create_dot = create_dot
+interpreter.InterpreterBuilder.binary_op = binary_op
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter._convert_float = convert_float
 tl.constexpr.__rmod__ = lambda self, other: other % self.value
