@@ -1,9 +1,9 @@
 """Triton's interpreter, with bfloat16 as a GPU computes with it, and for present versions of numpy.
 
-It keeps bfloat16 values as 16-bit integers, whose sums and products Triton 3.6 takes as integers, and
-drops the lower half of a float32 where a GPU rounds. Its scalars are arrays of one element, which numpy
-2.4 no longer takes for bounds of a loop; the sizes of its arrays are compile-time numbers that do
-not divide. Import this before launching a kernel in a test.
+It keeps bfloat16 values as 16-bit integers, whose sums and products Triton 3.6 takes as integers,
+and drops the lower half of a float32 where a GPU rounds. Its scalars are arrays of one element,
+which numpy 2.4 no longer takes for bounds of a loop; the sizes of its arrays are compile-time
+numbers that do not divide. Import this before launching a kernel in a test.
 """
 
 import threading
