@@ -62,6 +62,8 @@ layer_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 def layer_norm_residual(x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Layer normalisation and x itself; one kernel sums the gradients by both."""
+    if not torch.is_grad_enabled():
+        return layer_norm(x, scale, offset), x
     return _NormResidual.apply(x, scale, offset)  # type: ignore[no-untyped-call]
 
 

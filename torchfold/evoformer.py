@@ -133,7 +133,8 @@ class OuterProductMean(nn.Module):
         x, msa = self.layer_norm_input.with_residual(msa)
         mask = msa_mask[..., None].to(x.dtype)
         layers = (self.left_projection, self.right_projection)
-        left, right = products(x, *((layer.weights, layer.bias) for layer in layers))
+        weights, biases = ([layer.weights for layer in layers], [layer.bias for layer in layers])
+        left, right = products(x, weights, biases)
         left, right = mask * left, mask * right
         output = self.output_w, self.output_b
         return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair)

@@ -106,7 +106,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, ...]:
         """What ``ops.gated_attention`` reads of each position; then x by each of ``others``."""
         packed = torch.stack((self.query_w, self.gating_w, self.key_w, self.value_w), dim=1)
-        projected, *rest = products(x, (packed.flatten(1), None), *((w, None) for w in others))
+        projected, *rest = products(x, [packed.flatten(1), *others], [])
         return projected.unflatten(-1, packed.shape[1:]), *rest
 
     def within(
