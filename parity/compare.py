@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/parity")
     parser.add_argument("--config", default="", help="compare levels 2 and 3 at this size")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def plan(arguments: argparse.Namespace) -> list[Options]:

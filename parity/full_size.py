@@ -12,7 +12,7 @@ from parity.step_runs import batches, some_way_on
 from parity.tracks import Arrays
 
 LOOK_AT = 12  # examples of the loader of which the longest is taken
-NETWORK_RUNS = 3  # that measure noise, in each track
+NETWORK_RUNS, STEP_RUNS = 3, 4  # that measure noise, in each track
 STEP_PASSES = 1  # of recycling in the optimiser step
 
 
@@ -42,6 +42,11 @@ def cases(path: str, overrides: Sequence[str]) -> list[Case]:
     """The network with 0 to 3 recycling passes, and one optimiser step."""
     config = configuration(path, overrides)
     both = StepCases(
-        config, Example(config), config.train.name, STEP_PASSES, network_runs=NETWORK_RUNS
+        config,
+        Example(config),
+        config.train.name,
+        STEP_PASSES,
+        network_runs=NETWORK_RUNS,
+        step_runs=STEP_RUNS,
     )
     return [both.network(PASSES), both.step()]

@@ -130,19 +130,20 @@ def unpadded(name: str, value: np.ndarray, inputs: Arrays) -> np.ndarray:
 
 def steps(inputs: Arrays, outputs: Arrays) -> Arrays:
     """Choices that the positions decide: bins of distances and scores, names of symmetric atoms."""
-    atom14 = torch.tensor(outputs["final_atom14_positions"], dtype=torch.float64)[None]
-    batch = {n: torch.tensor(x) for n, x in inputs.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    atom14 = torch.tensor(outputs["final_atom14_positions"], dtype=torch.float64, device=device)
+    atom14, batch = atom14[None], {n: torch.tensor(x, device=device) for n, x in inputs.items()}
     renamed = TORCH.structure_losses.rename_symmetric_ground_truth_atoms(
         {n: x.double() if x.dtype == torch.float32 else x for n, x in batch.items()}, atom14
     )
     bins = TORCH.embedders.distance_bins(atom14[:, :, 1], 3.25, 20.75, 15, torch.float64)
-    real, seen = inputs["seq_mask"][0] > 0, batch["all_atom_mask"][..., 1].double()
-    truth = batch["all_atom_positions"][..., 1, :].double()
-    scores = TORCH.losses.lddt_ca(atom14[:, :, 1], truth, seen)
+    truth, seen = batch["all_atom_positions"][..., 1, :], batch["all_atom_mask"][..., 1]
+    scores = TORCH.losses.lddt_ca(atom14[:, :, 1], truth.double(), seen.double())
+    real = inputs["seq_mask"][0] > 0
     return {
-        "steps plddt": TORCH.losses.lddt_bin(scores, 50)[0].numpy()[real],
-        "steps symmetric atoms renamed": renamed.alt_naming_is_better[0].numpy()[real],
-        "steps recycled distances": bins[0].argmax(-1).numpy()[real][:, real],
+        "steps plddt": to_numpy(TORCH.losses.lddt_bin(scores, 50)[0])[real],
+        "steps symmetric atoms renamed": to_numpy(renamed.alt_naming_is_better[0])[real],
+        "steps recycled distances": to_numpy(bins[0].argmax(-1))[real][:, real],
     }
 
 

@@ -28,7 +28,7 @@ TRACKS = ("jax", "torch")
 
 def main(argv: Sequence[str]) -> int:
     """Measure as the command line says; 1 if a part of it failed."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     if options.worker:
         return _work(options)
     out = Path(options.out)
