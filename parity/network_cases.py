@@ -130,9 +130,9 @@ def unpadded(name: str, value: np.ndarray, inputs: Arrays) -> np.ndarray:
 
 def steps(inputs: Arrays, outputs: Arrays) -> Arrays:
     """Choices that the positions decide: bins of distances and scores, names of symmetric atoms."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    atom14 = torch.tensor(outputs["final_atom14_positions"], dtype=torch.float64, device=device)
-    atom14, batch = atom14[None], {n: torch.tensor(x, device=device) for n, x in inputs.items()}
+    # on the host: PyTorch's device may be under another thread's orders, to wait for nothing
+    atom14 = torch.tensor(outputs["final_atom14_positions"], dtype=torch.float64)[None]
+    batch = {n: torch.tensor(x) for n, x in inputs.items()}
     renamed = TORCH.structure_losses.rename_symmetric_ground_truth_atoms(
         {n: x.double() if x.dtype == torch.float32 else x for n, x in batch.items()}, atom14
     )
