@@ -44,21 +44,22 @@ def _backward(axis: int, scale: float, saved: tuple[Any, ...], grad: Array) -> t
     """Gradients of projections and both biases; the mask has none."""
     projected, gate_bias, mask, bias, output, logsumexp = saved
     problem = _problem(projected, bias, axis, scale)
-    inputs = (projected, gate_bias, mask, mask if bias is None else bias)
+    scores = projected, mask, mask if bias is None else bias
+    given = projected, gate_bias, *scores[1:], output, logsumexp, grad
     if problem.whole:
         launch = attention_backward.whole_grad(problem)
-        projected_grad, delta, sums = call(launch, *inputs, output, logsumexp, grad)
+        projected_grad, delta, sums, inner_grad = call(launch, *given)
     else:
-        launch = attention_long.query_grad(problem)
-        first, delta, sums = call(launch, *inputs, output, logsumexp, grad)
+        first, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
         launch = attention_long.key_value_grad(problem)
-        (second,) = call(launch, *inputs, logsumexp, delta, grad)
+        (second,) = call(launch, *scores, logsumexp, delta, inner_grad)
         projected_grad = jnp.concatenate([first, second], axis=3)
     gate_bias_grad = sum_columns(sums, gate_bias).reshape(gate_bias.shape)
     gradients = projected_grad, gate_bias_grad, jnp.zeros_like(mask)
     if bias is None:
         return *gradients, None
-    (parts,) = call(attention_backward.bias_grad(problem), *inputs, logsumexp, delta, grad)
+    launch = attention_backward.bias_grad(problem)
+    (parts,) = call(launch, *scores, logsumexp, delta, inner_grad)
     return *gradients, jnp.sum(parts, axis=0).astype(bias.dtype)
 
 

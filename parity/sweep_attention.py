@@ -52,7 +52,7 @@ class Candidate:
         first = [arrays[name] for name in _inputs("forward", self.shape.biased)]
         output, logsumexp = call(attention.forward(self.problem()), *first)
         arrays |= {"output": output, "logsumexp": logsumexp, "grad": torch.randn_like(output)}
-        arrays["delta"] = torch.randn_like(logsumexp)
+        arrays |= {"delta": torch.randn_like(logsumexp), "gathered_grad": torch.randn_like(output)}
         return [arrays[name] for name in _inputs(self.kernel, self.shape.biased)]
 
     def finish(self, outputs: tuple[Tensor, ...]) -> object:
@@ -75,17 +75,18 @@ DTYPES = {
     "bias": torch.bfloat16,
     "output": torch.bfloat16,
     "grad": torch.bfloat16,
+    "gathered_grad": torch.bfloat16,
     "logsumexp": torch.float32,
     "delta": torch.float32,
 }
 
 
 def _inputs(kernel: str, biased: bool) -> list[str]:
-    first = ["projected", "gate_bias", "mask", "bias" if biased else "mask"]
-    if kernel == "forward":
-        return first
-    whole = kernel in ("whole_grad", "query_grad")
-    return first + (["output", "logsumexp"] if whole else ["logsumexp", "delta"]) + ["grad"]
+    bias = "bias" if biased else "mask"
+    if kernel in ("bias_grad", "key_value_grad"):
+        return ["projected", "mask", bias, "logsumexp", "delta", "gathered_grad"]
+    first = ["projected", "gate_bias", "mask", bias]
+    return first if kernel == "forward" else [*first, "output", "logsumexp", "grad"]
 
 
 def candidates() -> Iterator[Candidate]:
@@ -121,8 +122,8 @@ def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
     tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8)]
     depths = [(1, 1), (1, 2), (1, 3)]
     if kernel == "forward":
-        tiles += [(64, 256, 4), (128, 256, 8), (64, 32, 4)]
-        depths = [(1, 1), (1, 2), (8, 2), (8, 3)]
+        tiles += [(64, 256, 4), (128, 256, 8), (128, 128, 4), (64, 32, 4)]
+        depths = [(1, 1), (1, 2), (8, 2), (8, 3), (16, 2)]
     elif kernel == "whole_grad":
         keys = 128 if shape.length <= 128 else 256
         tiles = [(16, keys, 4), (32, keys, 4), (64, keys, 4)]

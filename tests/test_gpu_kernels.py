@@ -30,6 +30,8 @@ BFLOAT16 = torch.bfloat16
         Case(groups=256, length=256, heads=4, width=16, batch=4, dtype=BFLOAT16),
         Case(groups=1024, length=256, heads=8, width=8, dtype=BFLOAT16),
         Case(groups=64, length=384, heads=4, width=32, dtype=BFLOAT16),
+        Case(groups=33, length=200, heads=4, width=32, dtype=BFLOAT16),
+        Case(groups=19, length=100, heads=2, width=32, axis=1, biased=False, dtype=BFLOAT16),
         Case(groups=33, length=257, heads=4, width=32, dtype=BFLOAT16),
         Case(groups=16, length=256, heads=4, width=32),
         Case(groups=16, length=300, heads=4, width=32),

@@ -75,20 +75,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of projections, gate bias and bias; the last is empty without a bias."""
     problem = _problem(projected, bias, axis, scale)
-    inputs = (projected, gate_bias, mask, mask if bias is None else bias)
+    scores = projected, mask, mask if bias is None else bias
+    given = projected, gate_bias, *scores[1:], output, logsumexp, grad
     if problem.whole:
         launch = attention_backward.whole_grad(problem)
-        projected_grad, delta, sums = call(launch, *inputs, output, logsumexp, grad)
+        projected_grad, delta, sums, inner_grad = call(launch, *given)
     else:
-        launch = attention_long.query_grad(problem)
-        first, delta, sums = call(launch, *inputs, output, logsumexp, grad)
+        first, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
         launch = attention_long.key_value_grad(problem)
-        (second,) = call(launch, *inputs, logsumexp, delta, grad)
+        (second,) = call(launch, *scores, logsumexp, delta, inner_grad)
         projected_grad = torch.cat([first, second], dim=3)
     gradients = projected_grad, sum_columns(sums, gate_bias).view(gate_bias.shape)
     if bias is None:
         return *gradients, projected.new_empty(0)
-    (parts,) = call(attention_backward.bias_grad(problem), *inputs, logsumexp, delta, grad)
+    launch = attention_backward.bias_grad(problem)
+    (parts,) = call(launch, *scores, logsumexp, delta, inner_grad)
     return *gradients, parts.sum(0).to(bias.dtype)
 
 

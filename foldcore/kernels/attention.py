@@ -3,21 +3,23 @@
 All four projections of a position arrive side by side, as one matrix product leaves them, in the
 order query, gate, key, value; the gate's bias is added here. Positions form a table [s r]; a group
 attends within itself and is a row of it (axis 2) or a column (axis 1), which costs nothing, as a
-head of a position fills whole memory sectors either way. Scores never leave the chip.
+head of a position fills whole memory sectors either way. Scores never leave the chip. Where a tile
+holds all keys of a group, the next group's tiles are on their way while one is computed.
 
-Logits are kept in units of log 2, for exp2.
+Logits are natural, their maxima and the logarithms of sums in units of log 2, for exp2.
 """
 
 import triton
 import triton.language as tl
 
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
-from foldcore.kernels.launch import Launch, Output, cdiv
+from foldcore.kernels.launch import Launch, cdiv
+from foldcore.kernels.rows import sigmoid
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The logit of a masked key. So low that adding it to any other logit gives this very number:
-# a query without any key attends to all alike.
-MASKED = tl.constexpr(-1e30)
+# The logit of a masked key. So low that adding it to any other logit gives this very number: a
+# query without any key attends to all alike. A power of 2, which is exact in bfloat16 as well.
+MASKED = tl.constexpr(-(2.0**100))
 PARTS = tl.constexpr(4)  # query, gate, key, value
 
 
@@ -64,7 +66,7 @@ def load_bias(base_ptr, query, key, LENGTH: tl.constexpr):
         bias = tl.load(pointers)
     else:
         bias = tl.load(pointers, mask=(query < LENGTH) & (key < LENGTH), other=0.0)
-    return bias.to(tl.float32)
+    return bias
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def key_summand(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr, HIDD
 @triton.jit
 def load_gate(
     gate_ptr,
-    gate_bias_ptr,
+    gate_bias,
     rows,
     STRIDE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -91,9 +93,14 @@ def load_gate(
 ):
     """How far the gate of one head is open, between 0 and 1."""
     gate = load_tile(gate_ptr, rows, STRIDE, LIMIT, WIDTH, BLOCK_D).to(tl.float32)
+    return sigmoid(gate + gate_bias[None, :])
+
+
+@triton.jit
+def load_gate_bias(gate_bias_ptr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """That of one head, in float32."""
     channels = tl.arange(0, BLOCK_D)
-    bias = tl.load(gate_bias_ptr + channels, mask=channels < WIDTH, other=0.0).to(tl.float32)
-    return 1 / (1 + tl.exp2((gate + bias[None, :]) * -LOG2_E))
+    return tl.load(gate_bias_ptr + channels, mask=channels < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -116,6 +123,7 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUPS_A_PROGRAM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
@@ -125,7 +133,9 @@ def forward_kernel(
     first = tl.program_id(1) * GROUPS_A_PROGRAM
     batch = tl.program_id(2)
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
-    for group in range(first, tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)):
+    gate_bias = load_gate_bias(gate_bias_ptr + head * WIDTH, WIDTH, BLOCK_D)
+    last = tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)
+    for group in tl.range(first, last, num_stages=STAGES):
         position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
         base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
         q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
@@ -140,18 +150,21 @@ def forward_kernel(
             summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[None, :]
             if HAS_BIAS:
                 bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
-                summand = bias * LOG2_E + summand
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E) + summand
-            higher = tl.maximum(highest, tl.max(logits, 1))
-            weights = tl.exp2(logits - higher[:, None])
-            shrink = tl.exp2(highest - higher)
-            total = total * shrink + tl.sum(weights, 1)
-            gathered = gathered * shrink[:, None]
+                # in the bias's dtype, which has each of the sums: half the work
+                summand = (bias + summand.to(bias.dtype)).to(tl.float32)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE + summand
+            higher = tl.max(logits, 1) * LOG2_E
+            if LENGTH > BLOCK_K:  # what earlier tiles left
+                higher = tl.maximum(highest, higher)
+                shrink = tl.exp2(highest - higher)
+                total *= shrink
+                gathered *= shrink[:, None]
+            weights = tl.exp2(logits * LOG2_E - higher[:, None])
+            total += tl.sum(weights, 1)
             gathered = tl.dot(weights.to(v.dtype), v, gathered, input_precision="ieee")
             highest = higher
-        gate_bias = gate_bias_ptr + head * WIDTH
         gate = load_gate(base_ptr + CHANNELS, gate_bias, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
-        output = gathered / total[:, None] * gate
+        output = gathered * (1 / total)[:, None] * gate
         out_ptr = output_ptr + position * CHANNELS + head * WIDTH
         store_tile(out_ptr, query, output, STEP * CHANNELS, LENGTH, WIDTH)
         lse_ptr = logsumexp_ptr + ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
@@ -166,12 +179,11 @@ def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
     tiles = tiles or choose("forward", problem)
     blocks = tiles.fit(problem.length)
     programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])
-    shape = (*problem.shape[:3], *problem.shape[4:])
     return Launch(
         kernel=forward_kernel,
         grid=(programs, cdiv(problem.groups, tiles.groups), problem.batch),
-        outputs=(Output(shape, problem.dtype), problem.statistics),
-        constants=problem.constants() | blocks | {"GROUPS_A_PROGRAM": tiles.groups},
+        outputs=(problem.gathered, problem.statistics),
+        constants=problem.constants() | blocks | tiles.walk(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

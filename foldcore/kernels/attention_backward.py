@@ -6,7 +6,8 @@ the gate is the sigmoid of, dy o s (1 - s), is dy y (1 - s), and the row sums of
 softmax's gradient needs are those of dy * y: o is never read. A program that holds all keys of a
 group and head finishes the gradient of its queries tile by tile in the same pass. It sums the
 gradient of the gate on its way, for the gate's bias. And the bias, shared by all groups, has a
-tile of its gradient stay on chip while its program walks through the groups.
+tile of its gradient stay on chip while its program walks through the groups; what it needs of a
+query, do and its row sum, the pass before has left.
 """
 
 import triton
@@ -19,28 +20,12 @@ from foldcore.kernels.attention import (
     key_summand,
     load_bias,
     load_gate,
+    load_gate_bias,
     load_tile,
     store_tile,
 )
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
 from foldcore.kernels.launch import Launch, Output, cdiv
-
-
-@triton.jit
-def load_output_grad(
-    grad_ptr,
-    gate_ptr,
-    gate_bias_ptr,
-    rows,
-    STRIDE: tl.constexpr,
-    LIMIT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Gradient of what was gathered, before the gate."""
-    grad = load_tile(grad_ptr, rows, STRIDE, LIMIT, WIDTH, BLOCK_D)
-    gate = load_gate(gate_ptr, gate_bias_ptr, rows, PARTS * STRIDE, LIMIT, WIDTH, BLOCK_D)
-    return (grad.to(tl.float32) * gate).to(grad.dtype)
 
 
 @triton.jit
@@ -56,7 +41,7 @@ def output_terms(
     output_ptr,
     grad_ptr,
     gate_ptr,
-    gate_bias_ptr,
+    gate_bias,
     gate_grad_ptr,
     query,
     STRIDE: tl.constexpr,
@@ -69,8 +54,8 @@ def output_terms(
     y = load_tile(output_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
     dy = load_tile(grad_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
     product = y.to(tl.float32) * dy.to(tl.float32)
-    gate = load_gate(gate_ptr, gate_bias_ptr, query, PARTS * STRIDE, LENGTH, WIDTH, BLOCK_D)
-    gate_grad = product * (1 - gate)
+    gate = load_gate(gate_ptr, gate_bias, query, PARTS * STRIDE, LENGTH, WIDTH, BLOCK_D)
+    gate_grad = product - product * gate
     store_tile(gate_grad_ptr, query, gate_grad, GATE_GRAD_STRIDE, LENGTH, WIDTH)
     return (dy.to(tl.float32) * gate).to(dy.dtype), tl.sum(product, 1), gate_grad
 
@@ -94,6 +79,7 @@ def whole_grad_kernel(
     projected_grad_ptr,  # [b s r 4 h d]
     delta_ptr,  # [b g h q], row sums of grad * output
     gate_sums_ptr,  # [b g h d], sums of the gate's gradient over the positions of a group
+    gathered_grad_ptr,  # [b s r h d], of what was gathered; only a bias needs it
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -115,7 +101,6 @@ def whole_grad_kernel(
     out = position * CHANNELS + head * WIDTH
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     row = (batch * GROUPS + group).to(tl.int64)
-    first_statistic = (row * HEADS + head) * LENGTH
     K_PART: tl.constexpr = 2 * CHANNELS
     key = tl.arange(0, BLOCK_K)
     k = load_tile(projected_ptr + base + K_PART, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
@@ -123,18 +108,18 @@ def whole_grad_kernel(
     summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[:, None]
     empty = empty_group(mask_ptr + position, STEP, LENGTH, BLOCK_K)
     slope = tl.where(empty, 0.0, SCALE)  # the logits of masked keys are fixed
+    gate_bias = load_gate_bias(gate_bias_ptr + head * WIDTH, WIDTH, BLOCK_D)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     gate_grads = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
-        inside = query < LENGTH
         q = load_tile(projected_ptr + base, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
         do, delta, gate_grad = output_terms(
             output_ptr + out,
             grad_ptr + out,
             projected_ptr + base + CHANNELS,
-            gate_bias_ptr + head * WIDTH,
+            gate_bias,
             projected_grad_ptr + base + CHANNELS,
             query,
             STEP * CHANNELS,
@@ -144,15 +129,15 @@ def whole_grad_kernel(
             BLOCK_D,
         )
         gate_grads += gate_grad
-        tl.store(delta_ptr + first_statistic + query, delta, mask=inside)
-        lse_ptr = logsumexp_ptr + first_statistic
-        logsumexp = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
+        statistic = (row * HEADS + head) * LENGTH + query
+        tl.store(delta_ptr + statistic, delta, mask=query < LENGTH)
+        logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         shift = summand
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH)
-            shift = bias * LOG2_E + summand
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E) + shift
-        weights = tl.exp2(logits - logsumexp[None, :])
+            shift += load_bias(bias_ptr, query[None, :], key[:, None], LENGTH)
+            store_tile(gathered_grad_ptr + out, query, do, STEP * CHANNELS, LENGTH, WIDTH)
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE + shift
+        weights = tl.exp2(logits * LOG2_E - logsumexp[None, :])
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = (weights * (dp - delta[None, :])).to(q.dtype)
@@ -168,12 +153,11 @@ def whole_grad_kernel(
 @triton.jit
 def bias_grad_kernel(
     projected_ptr,  # [b s r 4 h d]
-    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     logsumexp_ptr,  # [b g h q]
     delta_ptr,  # [b g h q]
-    grad_ptr,  # [b s r h d], of the output
+    gathered_grad_ptr,  # [b s r h d]
     bias_grad_ptr,  # [chunks b h q k] float32, to be summed
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -187,6 +171,7 @@ def bias_grad_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUPS_A_PROGRAM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One tile of the bias, over a chunk of the groups."""
     CHANNELS: tl.constexpr = HEADS * WIDTH
@@ -200,8 +185,10 @@ def bias_grad_kernel(
     batch = tl.program_id(2)
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
+    bias = bias.to(tl.float32) / SCALE  # what the products of queries and keys are added to
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for group in range(first, tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)):
+    last = tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)
+    for group in tl.range(first, last, num_stages=STAGES):
         position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
         base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
         k_ptr = base_ptr + 2 * CHANNELS
@@ -209,23 +196,14 @@ def bias_grad_kernel(
         q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
         k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
         v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
-        do = load_output_grad(
-            grad_ptr + position * CHANNELS + head * WIDTH,
-            base_ptr + CHANNELS,
-            gate_bias_ptr + head * WIDTH,
-            query,
-            STEP * CHANNELS,
-            LENGTH,
-            WIDTH,
-            BLOCK_D,
-        )
+        do_ptr = gathered_grad_ptr + position * CHANNELS + head * WIDTH
+        do = load_tile(do_ptr, query, STEP * CHANNELS, LENGTH, WIDTH, BLOCK_D)
         logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
         # no weight for masked keys even of a query without any other: their logits are fixed
         summand = key_summand(mask_ptr + position, key, STEP, LENGTH, float("-inf"))
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
-        logits += bias * LOG2_E + summand[None, :]
-        weights = tl.exp2(logits - logsumexp[:, None])
+        logits = tl.dot(q, tl.trans(k), bias + summand[None, :], input_precision="ieee")
+        weights = tl.exp2(logits * (SCALE * LOG2_E) - logsumexp[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         total += weights * (dp - delta[:, None])
     bias_grad_ptr += tl.program_id(1).to(tl.int64) * (tl.num_programs(2) * HEADS) * LENGTH * LENGTH
@@ -238,12 +216,13 @@ def bias_grad_kernel(
 
 
 def whole_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, gate bias, mask, bias, output, logsumexp, grad) -> gradients and delta.
+    """(projected, gate bias, mask, bias, output, logsumexp, grad) -> gradients.
 
-    (gradient of projected, delta, parts of the gate bias's gradient to sum).
+    (of projected, delta, parts of the gate bias's to sum, of what was gathered if there is a bias)
     """
     tiles = tiles or choose("whole_grad", problem)
     blocks = tiles.fit(problem.length)
+    unwritten = Output((1,), problem.dtype)
     return Launch(
         kernel=whole_grad_kernel,
         grid=(problem.heads, problem.groups, problem.batch),
@@ -251,6 +230,7 @@ def whole_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
             Output(problem.shape, problem.dtype),
             problem.statistics,
             problem.gate_sums(tiles=1),
+            problem.gathered if problem.has_bias else unwritten,
         ),
         constants=problem.constants() | blocks,
         num_warps=tiles.num_warps,
@@ -259,7 +239,7 @@ def whole_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
 
 
 def bias_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, gate bias, mask, bias, logsumexp, delta, grad) -> parts of the bias's to sum."""
+    """(projected, mask, bias, logsumexp, delta, gathered_grad) -> parts of the bias's to sum."""
     tiles = tiles or choose("bias_grad", problem)
     blocks = tiles.fit(problem.length)
     chunks = cdiv(problem.groups, tiles.groups)
@@ -269,7 +249,7 @@ def bias_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
         kernel=bias_grad_kernel,
         grid=(problem.heads * tile_count, chunks, problem.batch),
         outputs=(Output(shape, "float32"),),
-        constants=problem.constants() | blocks | {"GROUPS_A_PROGRAM": tiles.groups},
+        constants=problem.constants() | blocks | tiles.walk(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

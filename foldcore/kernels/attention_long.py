@@ -13,15 +13,11 @@ from foldcore.kernels.attention import (
     PARTS,
     key_summand,
     load_bias,
+    load_gate_bias,
     load_tile,
     store_tile,
 )
-from foldcore.kernels.attention_backward import (
-    empty_group,
-    load_output_grad,
-    output_terms,
-    store_sums,
-)
+from foldcore.kernels.attention_backward import empty_group, output_terms, store_sums
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
 from foldcore.kernels.launch import Launch, Output, cdiv, next_power_of_2
 
@@ -38,6 +34,7 @@ def query_grad_kernel(
     query_grad_ptr,  # [b s r 2 h d], of query and gate
     delta_ptr,  # [b g h q], row sums of grad * output
     gate_sums_ptr,  # [b g tiles h d], sums of the gate's gradient over the positions of a tile
+    gathered_grad_ptr,  # [b s r h d], of what was gathered
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -71,7 +68,7 @@ def query_grad_kernel(
         output_ptr + position * CHANNELS + head * WIDTH,
         grad_ptr + position * CHANNELS + head * WIDTH,
         base_ptr + CHANNELS,
-        gate_bias_ptr + head * WIDTH,
+        load_gate_bias(gate_bias_ptr + head * WIDTH, WIDTH, BLOCK_D),
         query_grad_ptr + CHANNELS,
         query,
         STEP * CHANNELS,
@@ -80,6 +77,8 @@ def query_grad_kernel(
         WIDTH,
         BLOCK_D,
     )
+    do_ptr = gathered_grad_ptr + position * CHANNELS + head * WIDTH
+    store_tile(do_ptr, query, do, STEP * CHANNELS, LENGTH, WIDTH)
     tile = (batch * GROUPS + group).to(tl.int64) * tiles + tl.program_id(0) % tiles
     store_sums(gate_sums_ptr + tile * CHANNELS + head * WIDTH, gate_grad, WIDTH)
     tl.store(delta_ptr + statistic, delta, mask=inside)
@@ -93,10 +92,9 @@ def query_grad_kernel(
         # no weight for masked keys even of a query without any other: their logits are fixed
         summand = key_summand(mask_ptr + position, key, STEP, LENGTH, float("-inf"))[None, :]
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
-            summand = bias * LOG2_E + summand
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E) + summand
-        weights = tl.exp2(logits - logsumexp[:, None])
+            summand += load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE + summand
+        weights = tl.exp2(logits * LOG2_E - logsumexp[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (weights * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
@@ -106,12 +104,11 @@ def query_grad_kernel(
 @triton.jit
 def key_value_grad_kernel(
     projected_ptr,  # [b s r 4 h d]
-    gate_bias_ptr,  # [h d]
     mask_ptr,  # [b s r]
     bias_ptr,  # [b h q k]
     logsumexp_ptr,  # [b g h q]
     delta_ptr,  # [b g h q], row sums of grad * output
-    grad_ptr,  # [b s r h d], of the output
+    gathered_grad_ptr,  # [b s r h d]
     key_value_grad_ptr,  # [b s r 2 h d]
     SCALE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -145,30 +142,21 @@ def key_value_grad_kernel(
     summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[:, None]
     empty = empty_group(mask_ptr + position, STEP, LENGTH, BLOCK_ALL)
     slope = tl.where(empty, 0.0, SCALE)  # the logits of masked keys are fixed
+    do_ptr = gathered_grad_ptr + position * CHANNELS + head * WIDTH
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
-        do = load_output_grad(
-            grad_ptr + position * CHANNELS + head * WIDTH,
-            base_ptr + CHANNELS,
-            gate_bias_ptr + head * WIDTH,
-            query,
-            STEP * CHANNELS,
-            LENGTH,
-            WIDTH,
-            BLOCK_D,
-        )
+        do = load_tile(do_ptr, query, STEP * CHANNELS, LENGTH, WIDTH, BLOCK_D)
         statistic = first_statistic + query
         logsumexp = tl.load(logsumexp_ptr + statistic, mask=query < LENGTH, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < LENGTH, other=0.0)
         shift = summand
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[None, :], key[:, None], LENGTH)
-            shift = bias * LOG2_E + summand
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (SCALE * LOG2_E) + shift
-        weights = tl.exp2(logits - logsumexp[None, :])
+            shift += load_bias(bias_ptr, query[None, :], key[:, None], LENGTH)
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE + shift
+        weights = tl.exp2(logits * LOG2_E - logsumexp[None, :])
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = (weights * (dp - delta[None, :])).to(q.dtype)
@@ -199,6 +187,7 @@ def query_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
             Output(shape, problem.dtype),
             problem.statistics,
             problem.gate_sums(query_tiles),
+            problem.gathered,
         ),
         constants=problem.constants() | blocks,
         num_warps=tiles.num_warps,
@@ -207,7 +196,7 @@ def query_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
 
 
 def key_value_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, gate bias, mask, bias, logsumexp, delta, grad) -> gradient of key and value."""
+    """(projected, mask, bias, logsumexp, delta, gathered_grad) -> gradient of key and value."""
     tiles = tiles or choose("key_value_grad", problem)
     blocks = tiles.fit(problem.length)
     shape = (*problem.shape[:3], 2, *problem.shape[4:])

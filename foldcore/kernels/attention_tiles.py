@@ -57,6 +57,11 @@ class Problem:
         """One number for each query."""
         return Output((self.batch, self.groups, self.heads, self.length), "float32")
 
+    @property
+    def gathered(self) -> Output:
+        """What the weights gather, by queries and heads."""
+        return Output((*self.shape[:3], *self.shape[4:]), self.dtype)
+
     def gate_sums(self, tiles: int) -> Output:
         """Sums of the gate's gradient over so many tiles of a group's positions."""
         rows = self.batch * self.groups * tiles
@@ -93,6 +98,10 @@ class Tiles:
         padded = max(16, next_power_of_2(length))
         return {"BLOCK_Q": min(self.queries, padded), "BLOCK_K": min(self.keys, padded)}
 
+    def walk(self) -> dict[str, int]:
+        """How many groups a program works through, and how many of them are on their way."""
+        return {"GROUPS_A_PROGRAM": self.groups, "STAGES": self.num_stages}
+
 
 # Where no measured row fits: few registers.
 _DEFAULT = {
@@ -115,15 +124,15 @@ _INTERPRETED = Tiles(128, 128, 2, 4, 1)
 # ``parity.bench_kernels sweep=`` over the model's shapes.
 _MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {
     90: {
-        ("forward", 128, 32): Tiles(64, 128, 8, 4, 2),
-        ("forward", 256, 32): Tiles(128, 64, 8, 4, 3),
+        ("forward", 128, 32): Tiles(128, 128, 8, 4, 2),
+        ("forward", 256, 32): Tiles(64, 256, 16, 4, 2),
         ("forward", 512, 32): Tiles(64, 64, 8, 4, 3),
         ("forward", 256, 16): Tiles(64, 32, 1, 4, 1),
-        ("whole_grad", 128, 32): Tiles(64, 128, 1, 4, 3),
+        ("whole_grad", 128, 32): Tiles(64, 128, 1, 4, 1),
         ("whole_grad", 256, 32): Tiles(64, WHOLE_LIMIT, 1, 8, 2),
         ("whole_grad", 256, 16): Tiles(32, WHOLE_LIMIT, 1, 4, 2),
-        ("bias_grad", 256, 32): Tiles(64, 64, 32, 4, 3),
-        ("bias_grad", 256, 16): Tiles(64, 64, 32, 4, 3),
+        ("bias_grad", 256, 32): Tiles(64, 64, 16, 4, 3),
+        ("bias_grad", 256, 16): Tiles(64, 64, 16, 4, 3),
         ("bias_grad", 512, 32): Tiles(64, 64, 32, 4, 2),
         ("query_grad", 512, 32): Tiles(128, 64, 1, 4, 3),
         ("key_value_grad", 512, 32): Tiles(64, 128, 1, 4, 2),
