@@ -1,13 +1,19 @@
 """``ops.triangle_multiplication`` by Triton kernels."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from foldcore.kernels import layer_norm, triangle, triangle_backward
+from foldcore.kernels import (
+    triangle,
+    triangle_backward,
+    triangle_fold,
+    triangle_output_backward,
+)
 from jaxfold._rows import sum_columns
 from jaxfold._triton import architecture, call, dtype_name
 
@@ -52,53 +58,58 @@ def _forward(
     outgoing: bool,
     residual: bool,
 ) -> tuple[Array, Any]:
-    """The result, and what the backward pass needs; left, right and product are [b h i j]."""
+    """The result, and what the backward pass needs: its inputs; left, right and product [b h i j];
+    1 / standard deviation of the pair, mean and 1 / standard deviation of the product [b p]; folded
+    weights and biases."""
     b, i, j, c = pair.shape
     h = parameters[2].shape[1]
     kind = dtype_name(pair), architecture()
+    folded = call(triangle_fold.forward(c, h, kind[0]), *parameters)
     launch = triangle.project(b, i * j, c, h, *kind)
-    inputs = (pair, mask.astype(jnp.float32), *parameters[:10])
-    left, right = (x.reshape(b, h, i, j) for x in call(launch, *inputs))
+    left, right, rstd = call(launch, pair, mask.astype(jnp.float32), *folded[:2])
+    left, right = left.reshape(b, h, i, j), right.reshape(b, h, i, j)
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)
-    arrays = (product, pair, mask if factor is None else factor)
-    (out,) = call(launch, *arrays, *parameters[10:14], *parameters[:2], *parameters[14:])
-    saved = (pair, mask, factor, parameters, left, right, product)
+    inputs = (product, pair, mask if factor is None else factor, rstd, *folded)
+    out, *center = call(launch, *inputs)
+    saved = (pair, mask, factor, parameters, left, right, product, rstd, *center, *folded)
     return out.reshape(pair.shape), saved
 
 
 def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[Any, ...]:
     """Gradients of pair and parameters; mask and factor have none."""
-    pair, mask, factor, parameters, left, right, product = saved
+    pair, mask, factor, parameters, left, right, product, rstd, *rest = saved
+    center_mean, center_rstd, *folded = rest
     b, i, j, c = pair.shape
-    h = parameters[2].shape[1]
+    h, n = parameters[2].shape[1], b * i * j
     kind = dtype_name(pair), architecture()
-    launch = triangle_backward.output_backward(b, (i, j), c, h, *kind, factor is not None)
+    launch = triangle_output_backward.output(b, (i, j), c, h, *kind, factor is not None)
     inputs = (grad, product, pair, mask if factor is None else factor)
-    product_grad, update_grad, gate_grad, center, output_sums = call(
-        launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:]
+    update_grad, slopes, projected_grad, output_sums = call(
+        launch, *inputs, rstd, center_rstd, *folded
+    )
+    launch = triangle_output_backward.center(b, i * j, c, h, *kind, len(slopes))
+    product_grad, center = call(
+        launch, update_grad, product, slopes, center_mean, center_rstd, folded[2]
     )
     grads = _multiply_backward(left, right, product_grad.reshape(b, h, i, j), outgoing)
-    launch = triangle_backward.project_backward(b, i * j, c, h, *kind)
-    normalized, projected_grad, sums = call(
-        launch, pair, mask.astype(jnp.float32), *grads, *parameters[:10]
+    launch = triangle_backward.project(b, i * j, c, h, *kind)
+    projected_grad, sums = call(
+        launch, pair, mask.astype(jnp.float32), rstd, *grads, *folded[:2], projected_grad
     )
-    projections = jnp.einsum("bpc,bpw->cw", normalized, projected_grad)
-    # the barrier keeps XLA from copying both gradients side by side for one product instead of two
-    gating = jnp.einsum("bpc,bpd->cd", jax.lax.optimization_barrier(normalized), gate_grad)
-    output = jnp.einsum("bph,bpc->hc", center, update_grad)
-    together = jnp.concatenate(parameters[2:10:2], axis=1)
-    rows_grad = projected_grad @ together.T + gate_grad @ parameters[14].T
-    launch = layer_norm.backward(b * i * j, c, *kind, residual)
-    pair_grad, norm_sums = call(launch, pair, parameters[0], rows_grad, grad)
-    first, second, norm = (sum_columns(x, parameters[3]) for x in (sums, output_sums, norm_sums))
-    pairs = zip(jnp.split(projections, 4, axis=1), jnp.split(first, 4), strict=True)
-    flat = [x for both in pairs for x in both]
-    output_bias, gating_bias, center_scale, center_offset = jnp.split(second, (c, 2 * c, 2 * c + h))
-    middle = (center_scale, center_offset, output, output_bias)
-    parameter_grads = (norm[:c], norm[c:], *flat, *middle, gating, gating_bias)
+    normal_grad = jnp.einsum("wn,cw->nc", projected_grad, folded[0])
+    launch = triangle_backward.norm(n, c, *kind, residual)
+    pair_grad, normal = call(launch, pair, normal_grad, grad)
+    moments = jnp.einsum("nc,wn->cw", normal, projected_grad), center @ update_grad
+    totals = sum_columns(sums, rstd), sum_columns(output_sums, rstd)
+    without_biases = [parameters[i] for i in triangle_fold.WITHOUT_BIASES]
+    launch = triangle_fold.backward(c, h, dtype_name(parameters[0]))
+    *weights, vectors = call(launch, *moments, *totals, *without_biases)
+    ends = itertools.accumulate(parameters[i].shape[0] for i in triangle_fold.VECTORS[:-1])
+    parameter_grads = triangle_fold.in_order(weights, jnp.split(vectors, list(ends)))
     factor_grad = None if factor is None else jnp.zeros_like(factor)
-    return pair_grad.reshape(pair.shape), jnp.zeros_like(mask), factor_grad, parameter_grads
+    pair_grad = pair_grad.reshape(pair.shape)
+    return pair_grad, jnp.zeros_like(mask), factor_grad, tuple(parameter_grads)
 
 
 triangle_multiplication.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
 """Launch sizes worth trying, of kernels other than attention; see ``parity.sweep``."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from foldcore.kernels import (
     outer_product,
     rows,
     transition,
-    triangle,
-    triangle_backward,
 )
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.layer_norm import Sizes
 from foldcore.kernels.rows import Tiles
+from foldcore.kernels.triangle_tiles import Turns
+from parity import sweep_triangle
 from parity.bench_rows import (
     NORMS,
     OUTER,
@@ -33,7 +34,6 @@ from parity.bench_rows import (
     norm_arrays,
     outer_arrays,
     transition_arrays,
-    triangle_arrays,
     update_arrays,
 )
 from parity.bench_state import PARAMETERS
@@ -48,7 +48,7 @@ class Candidate:
 
     kernel: str
     shape: tuple[int, ...]
-    tiles: Tiles | Sizes | optimizer.Sizes | None  # None for those in use
+    tiles: Tiles | Sizes | Turns | optimizer.Sizes | None  # None for those in use
 
     @property
     def label(self) -> str:
@@ -67,23 +67,10 @@ class Candidate:
 
     def finish(self, outputs: tuple[Tensor, ...]) -> object:
         """The sums of gradients of vectors, of which there are as many as tiles."""
-        if "backward" not in self.kernel:
+        if "backward" not in self.kernel or outputs[-1].dtype != torch.float32:
             return None
         n, m = outputs[-1].shape
         return call(rows.column_sums(n, m, *KIND), outputs[-1])
-
-
-def _kind(shape: tuple[int, ...]) -> tuple[int, int, int, int, str, int]:
-    """What a launch of a triangle's first part is told."""
-    b, n, c, h = shape
-    return b, n * n, c, h, *KIND
-
-
-def _output_kind(
-    shape: tuple[int, ...],
-) -> tuple[int, tuple[int, int], int, int, str, int]:
-    b, n, c, h = shape
-    return b, (n, n), c, h, *KIND
 
 
 def _update_kind(
@@ -110,19 +97,10 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "optimizer": lambda s, t: optimizer.update(
         s[0], OptimizerConfig(), KIND[1], t or optimizer.MEASURED
     ),
-    "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, tiles=t),
+    "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, True, t),
     "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
     "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
-    "triangle project": lambda s, t: triangle.project(*_kind(s), tiles=t),
-    "triangle output": lambda s, t: triangle.output(
-        *_output_kind(s), has_factor=True, residual=True, tiles=t
-    ),
-    "triangle output backward": lambda s, t: triangle_backward.output_backward(
-        *_output_kind(s), has_factor=True, tiles=t
-    ),
-    "triangle project backward": lambda s, t: triangle_backward.project_backward(
-        *_kind(s), tiles=t
-    ),
+    **sweep_triangle.LAUNCHES,
 }
 
 
@@ -167,22 +145,9 @@ def _outer_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:
     count: Array = "mask", (n * n,)
     weights, bias = list(outer_arrays(1, n, c, z).values())[3:]
     return {
-        "project": [outer, weights, bias, count],
+        "project": [outer, weights, bias, count, dsum],
         "gradient": [dsum, weights, count],
         "weights": [outer, dsum],
-    }[kernel]
-
-
-def _triangle_inputs(kernel: str, shape: tuple[int, int, int, int]) -> list[Array]:
-    b, n, _, h = shape
-    pair, mask, factor, *w = triangle_arrays(*shape).values()
-    first = ("normal", (b, h, n * n))
-    before, after = w[:10], [*w[10:14], *w[:2], *w[14:]]
-    return {
-        "project": [pair, mask, *before],
-        "output": [first, pair, factor, *after],
-        "output backward": [pair, first, pair, factor, *after],
-        "project backward": [pair, mask, first, first, *before],
     }[kernel]
 
 
@@ -197,10 +162,7 @@ INPUTS: dict[str, Callable[[Any], list[Array]]] = {
     "outer project": lambda s: _outer_inputs("project", s),
     "outer gradient backward": lambda s: _outer_inputs("gradient", s),
     "outer weights backward": lambda s: _outer_inputs("weights", s),
-    "triangle project": lambda s: _triangle_inputs("project", s),
-    "triangle output": lambda s: _triangle_inputs("output", s),
-    "triangle output backward": lambda s: _triangle_inputs("output backward", s),
-    "triangle project backward": lambda s: _triangle_inputs("project backward", s),
+    **{name: functools.partial(sweep_triangle.inputs, name) for name in sweep_triangle.LAUNCHES},
 }
 
 
@@ -249,7 +211,7 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate("optimizer", (PARAMETERS,), optimizer.Sizes(elements, groups, warps))
     shapes: dict[str, list[tuple[int, ...]]] = {
         "transition": [(n, c, f) for _, n, c, f in TRANSITIONS],
-        "triangle": list(TRIANGLES[:2]),
+        "triangle": [],
         "outer": [(n, c, z) for _, _, n, c, z in OUTER[:1]],
         "update": [(i, j, k, c) for _, (_, i, j), k, c, _ in UPDATES[:2]],
         "norm": [],
@@ -260,6 +222,8 @@ def candidates() -> Iterator[Candidate]:
         tiles = OUTER_TILES if kind == "outer" else TILES
         for where, tile in itertools.product(shapes[kind], tiles):
             yield Candidate(kernel, where, Tiles(*tile))
+    for triangle in sweep_triangle.candidates(list(TRIANGLES[:2])):
+        yield Candidate(*triangle)
 
 
 def in_use() -> Iterator[Candidate]:

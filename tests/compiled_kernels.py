@@ -35,6 +35,8 @@ from foldcore.kernels import (
     transition,
     triangle,
     triangle_backward,
+    triangle_fold,
+    triangle_output_backward,
 )
 from foldcore.kernels.attention_tiles import Problem
 from foldcore.kernels.launch import Launch, Output
@@ -43,7 +45,11 @@ TARGET = GPUTarget("cuda", 90, 32)
 KIND = "bfloat16", 90
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32", "uint8": "*u8"}
 # inputs of these names, or of these kernels, are float32
-FLOAT32 = ("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr")
+FLOAT32 = (
+    *("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr"),
+    *("rstd_ptr", "center_mean_ptr", "center_rstd_ptr", "slope_ptr", "sums_ptr"),
+    *("output_sums_ptr", "folded_bias_ptr", "output_folded_bias_ptr"),
+)
 ALL_FLOAT32 = ("optimizer_squares_kernel", "optimizer_update_kernel", "column_sums_kernel")
 
 
@@ -59,12 +65,16 @@ def launches() -> Iterator[Launch]:
         shape = linear_update.Shape(1, n // 256, 256, shared=1)
         yield linear_update.forward(shape, c, c, *KIND, residual=True)
         yield linear_update.backward(shape, c, c, *KIND)
-    for b, c in ((1, 128), (4, 64)):
-        pairs = 256 * 256
+    for b, c, residues in ((1, 128, 256), (4, 64, 256), (1, 128, 250)):
+        pairs = residues * residues
+        yield triangle_fold.forward(c, c, KIND[0])
         yield triangle.project(b, pairs, c, c, *KIND)
-        yield triangle.output(b, (256, 256), c, c, *KIND, has_factor=True, residual=True)
-        yield triangle_backward.project_backward(b, pairs, c, c, *KIND)
-        yield triangle_backward.output_backward(b, (256, 256), c, c, *KIND, has_factor=True)
+        yield triangle.output(b, (residues, residues), c, c, *KIND, has_factor=True, residual=True)
+        yield triangle_output_backward.output(b, (residues, residues), c, c, *KIND, has_factor=True)
+        yield triangle_output_backward.center(b, pairs, c, c, *KIND, slopes=1)
+        yield triangle_backward.project(b, pairs, c, c, *KIND)
+        yield triangle_backward.norm(b * pairs, c, *KIND, residual=True)
+        yield triangle_fold.backward(c, c, KIND[0])
     outer = outer_product.Shape(256, 256, 32, 32, 128)
     yield outer_product.project(outer, *KIND, residual=True)
     for kernel in (outer_product.gradient, outer_product.weights):

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foldcore.kernels import layer_norm, triangle, triangle_backward
+from foldcore.kernels import (
+    triangle,
+    triangle_backward,
+    triangle_fold,
+    triangle_output_backward,
+)
 from torchfold._rows import sum_columns
 from torchfold._triton import architecture, call, dtype_name
 
@@ -43,18 +48,22 @@ def _forward(
     parameters: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result; left, right and their product as [b h i j]."""
+) -> list[Tensor]:
+    """The result; what the backward pass needs besides: left, right, their product [b h i j], 1 /
+    standard deviation of the pair, mean and 1 / standard deviation of the product [b p], folded
+    weights and biases."""
     b, i, j, c = pair.shape
     h = parameters[2].shape[1]
     kind = dtype_name(pair), architecture(pair.device)
+    folded = call(triangle_fold.forward(c, h, kind[0]), *parameters)
     launch = triangle.project(b, i * j, c, h, *kind)
-    left, right = (x.view(b, h, i, j) for x in call(launch, pair, mask.float(), *parameters[:10]))
+    left, right, rstd = call(launch, pair, mask.float(), *folded[:2])
+    left, right = left.view(b, h, i, j), right.view(b, h, i, j)
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)
-    inputs = (product, pair, mask if factor is None else factor)
-    (out,) = call(launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:])
-    return out.view(pair.shape), left, right, product
+    inputs = (product, pair, mask if factor is None else factor, rstd, *folded)
+    out, *center = call(launch, *inputs)
+    return [out.view(pair.shape), left, right, product, rstd, *center, *folded]
 
 
 @_forward.register_fake
@@ -65,10 +74,18 @@ def _(
     parameters: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b, i, j, _ = pair.shape
-    inner = [pair.new_empty((b, parameters[2].shape[1], i, j)) for _ in range(3)]
-    return pair.new_empty(pair.shape), inner[0], inner[1], inner[2]
+) -> list[Tensor]:
+    b, i, j, c = pair.shape
+    h = parameters[2].shape[1]
+    inner = [pair.new_empty((b, h, i, j)) for _ in range(3)]
+    numbers = [pair.new_empty((b, i * j), dtype=torch.float32) for _ in range(3)]
+    folded = [
+        pair.new_empty((c, 4 * h + c)),
+        pair.new_empty(4 * h + c, dtype=torch.float32),
+        pair.new_empty((h, c)),
+        pair.new_empty(c, dtype=torch.float32),
+    ]
+    return [pair.new_empty(pair.shape), *inner, *numbers, *folded]
 
 
 @torch.library.custom_op("twinfold::triangle_multiplication_backward", mutates_args=())
@@ -78,39 +95,37 @@ def _backward(
     mask: Tensor,
     factor: Tensor | None,
     parameters: Sequence[Tensor],
-    left: Tensor,
-    right: Tensor,
-    product: Tensor,
+    saved: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by pair; by the weights of projections side by side, of the gate, of the output; by
-    vectors end to end: of projections; of output, gate and central norm; of the first norm."""
+) -> list[Tensor]:
+    """Gradients by pair; by the weights, in their order; by the vectors, end to end."""
+    left, right, product, rstd, center_mean, center_rstd, *folded = saved
     b, i, j, c = pair.shape
-    h = parameters[2].shape[1]
+    h, n = parameters[2].shape[1], b * i * j
     kind = dtype_name(pair), architecture(pair.device)
-    launch = triangle_backward.output_backward(b, (i, j), c, h, *kind, factor is not None)
+    launch = triangle_output_backward.output(b, (i, j), c, h, *kind, factor is not None)
     inputs = (grad, product, pair, mask if factor is None else factor)
-    product_grad, update_grad, gate_grad, center, output_sums = call(
-        launch, *inputs, *parameters[10:14], *parameters[:2], *parameters[14:]
+    update_grad, slopes, projected_grad, output_sums = call(
+        launch, *inputs, rstd, center_rstd, *folded
+    )
+    launch = triangle_output_backward.center(b, i * j, c, h, *kind, len(slopes))
+    product_grad, center = call(
+        launch, update_grad, product, slopes, center_mean, center_rstd, folded[2]
     )
     grads = _multiply_backward(left, right, product_grad.view(b, h, i, j), outgoing)
-    launch = triangle_backward.project_backward(b, i * j, c, h, *kind)
-    normalized, projected_grad, sums = call(launch, pair, mask.float(), *grads, *parameters[:10])
-    rows, projected_grad = normalized.view(-1, c), projected_grad.view(-1, 4 * h)
-    gate_grad = gate_grad.view(-1, c)
-    weights = (
-        rows.T @ projected_grad,
-        rows.T @ gate_grad,
-        center.view(-1, h).T @ update_grad.view(-1, c),
+    launch = triangle_backward.project(b, i * j, c, h, *kind)
+    projected_grad, sums = call(
+        launch, pair, mask.float(), rstd, *grads, *folded[:2], projected_grad
     )
-    together = torch.cat(list(parameters[2:10:2]), dim=1)
-    rows_grad = (gate_grad @ parameters[14].T).addmm_(projected_grad, together.T)
-    launch = layer_norm.backward(len(rows), c, *kind, residual)
-    pair_grad, norm_sums = call(launch, pair, parameters[0], rows_grad, grad)
-    bias = parameters[3]
-    vectors = sum_columns(sums, bias), sum_columns(output_sums, bias), sum_columns(norm_sums, bias)
-    return pair_grad.view(pair.shape), *weights, *vectors
+    normal_grad = projected_grad.T @ folded[0].T
+    launch = triangle_backward.norm(n, c, *kind, residual)
+    pair_grad, normal = call(launch, pair, normal_grad, grad)
+    moments = normal.T @ projected_grad.T, center @ update_grad
+    totals = sum_columns(sums, rstd), sum_columns(output_sums, rstd)
+    without_biases = [parameters[i] for i in triangle_fold.WITHOUT_BIASES]
+    launch = triangle_fold.backward(c, h, dtype_name(parameters[0]))
+    return [pair_grad.view(pair.shape), *call(launch, *moments, *totals, *without_biases)]
 
 
 @_backward.register_fake
@@ -120,18 +135,14 @@ def _(
     mask: Tensor,
     factor: Tensor | None,
     parameters: Sequence[Tensor],
-    left: Tensor,
-    right: Tensor,
-    product: Tensor,
+    saved: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    c, h = parameters[2].shape
-    shapes = ((c, 4 * h), (c, c), (h, c), (4 * h,), (2 * (c + h),), (2 * c,))
-    projections, gating, output, first, second, norm = (
-        parameters[2].new_empty(shape) for shape in shapes
-    )
-    return pair.new_empty(pair.shape), projections, gating, output, first, second, norm
+) -> list[Tensor]:
+    w = parameters
+    weights = [w[i].new_empty(w[i].shape) for i in triangle_fold.WEIGHTS]
+    size = sum(w[i].shape[0] for i in triangle_fold.VECTORS)
+    return [pair.new_empty(pair.shape), *weights, w[0].new_empty(size)]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -141,19 +152,14 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(pair, mask, factor, *parameters, *output[1:])
 
 
-def _gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grads):  # type: ignore[no-untyped-def]
     pair, mask, factor, *rest = ctx.saved_tensors
-    parameters, products = rest[: ctx.count], rest[ctx.count :]
-    c, h = parameters[2].shape
-    pair_grad, projections, gating, output, first, second, norm = _backward(
-        grad, pair, mask, factor, parameters, *products, ctx.outgoing, ctx.residual
+    parameters, saved = rest[: ctx.count], rest[ctx.count :]
+    pair_grad, *weights, vectors = _backward(
+        grads[0], pair, mask, factor, parameters, saved, ctx.outgoing, ctx.residual
     )
-    pairs = zip(projections.chunk(4, dim=1), first.chunk(4), strict=True)
-    flat = [x for both in pairs for x in both]
-    output_bias, gating_bias, center_scale, center_offset = second.split((c, c, h, h))
-    center = (center_scale, center_offset, output, output_bias)
-    grads = [*norm.chunk(2), *flat, *center, gating, gating_bias]
-    return pair_grad, None, None, grads, None, None
+    sizes = [parameters[i].shape[0] for i in triangle_fold.VECTORS]
+    return pair_grad, None, None, triangle_fold.in_order(weights, vectors.split(sizes)), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -92,10 +92,18 @@ def load_tile(
     columns,
     ROW_STEP: tl.constexpr,
     COLUMN_STEP: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):
-    """Elements at a column of indices ``rows`` and a row ``columns``, 0 beyond the limits."""
-    inside = (rows < ROWS) & (columns < COLUMNS)
-    return tl.load(base_ptr + rows * ROW_STEP + columns * COLUMN_STEP, mask=inside, other=0.0)
+    """Elements at a column of indices ``rows`` and a row ``columns``, 0 beyond the limits.
+
+    A ``WHOLE`` tile is within them.
+    """
+    at = base_ptr + rows * ROW_STEP + columns * COLUMN_STEP
+    if WHOLE:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(rows < ROWS) & (columns < COLUMNS), other=0.0)
+    return tile
 
 
 @triton.jit
@@ -108,17 +116,25 @@ def store_tile(
     columns,
     ROW_STEP: tl.constexpr,
     COLUMN_STEP: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):
     """The counterpart of ``load_tile``."""
-    inside = (rows < ROWS) & (columns < COLUMNS)
     at = base_ptr + rows * ROW_STEP + columns * COLUMN_STEP
-    tl.store(at, tile.to(base_ptr.dtype.element_ty), mask=inside)
+    tile = tile.to(base_ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(at, tile)
+    else:
+        tl.store(at, tile, mask=(rows < ROWS) & (columns < COLUMNS))
 
 
 @triton.jit
-def load_vector(base_ptr, index, SIZE: tl.constexpr):
+def load_vector(base_ptr, index, SIZE: tl.constexpr, WHOLE: tl.constexpr = False):
     """float32 elements, 0 beyond ``SIZE``; the result has the shape of ``index``."""
-    return tl.load(base_ptr + index, mask=index < SIZE, other=0.0).to(tl.float32)
+    if WHOLE:
+        vector = tl.load(base_ptr + index)
+    else:
+        vector = tl.load(base_ptr + index, mask=index < SIZE, other=0.0)
+    return vector.to(tl.float32)
 
 
 @triton.jit

@@ -3,9 +3,10 @@
 Before the product: LayerNorm and the gated projections, left and right, in one pass. Both are
 written channel first, [b h p] with p counting the positions (i, j), so that the product is a plain
 batched matrix product over b h. After it: LayerNorm of the product's channels, projection, gate,
-dropout and residual in one pass.
+dropout and residual in one pass. Both kernels take folded weights: see ``triangle_fold``.
 
-Legend: p positions of an example, c channels of pairs, h channels of the product.
+Legend: p = i j positions of an example, n = b p, c channels of pairs, h channels of the product,
+w = 4 h + c columns of folded weights.
 """
 
 from typing import Any
@@ -14,99 +15,96 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.launch import Launch, Output, cdiv
-from foldcore.kernels.rows import (
-    Tiles,
-    block,
+from foldcore.kernels.rows import block, load_tile, load_vector, product, sigmoid, store_tile
+from foldcore.kernels.triangle_tiles import (
+    Turns,
     choose,
-    load_tile,
-    load_vector,
-    load_weights,
-    normalized_rows,
-    product,
-    sigmoid,
-    standardize,
-    store_tile,
+    groups,
+    launch_turns,
+    moments,
+    operand,
+    place,
+    store_vector,
 )
 
-# (architecture, channels up to) -> sizes
-PROJECT = {(90, 64): Tiles(64, 64, 4, 2), (90, 128): Tiles(128, 64, 8, 1)}
-OUTPUT = {(90, 64): Tiles(64, 32, 4, 2), (90, 128): Tiles(64, 64, 8, 2)}
+# measured on an H200, 256 x 256 positions of 128 channels, bfloat16
+PROJECT = Turns(rows=64, columns=128, num_warps=8, programs=2, ahead=2)
+OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=3)
 
 
 @triton.jit
 def triangle_project_kernel(
     pair_ptr,  # [b, p, c]
     mask_ptr,  # [b, p] float32
-    scale_ptr,  # [c]
-    offset_ptr,  # [c]
-    left_ptr,  # [c, h] and its bias [h], as are the three that follow
-    left_bias_ptr,
-    left_gate_ptr,
-    left_gate_bias_ptr,
-    right_ptr,
-    right_bias_ptr,
-    right_gate_ptr,
-    right_gate_bias_ptr,
-    left_out_ptr,  # [b, h, p]
-    right_out_ptr,  # [b, h, p]
+    folded_ptr,  # [c, w]
+    folded_bias_ptr,  # [w] float32
+    left_ptr,  # [b, h, p]
+    right_ptr,  # [b, h, p]
+    rstd_ptr,  # [b, p]: 1 / standard deviation of the pair's channels
+    B: tl.constexpr,
     P: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
+    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    start = tl.program_id(0) * BLOCK_P
-    example = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, BLOCK_P)[:, None]
-    left = P - start
-    first = example * P + start
-    x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
-    mask = load_vector(mask_ptr + first, row, left)
-    out = example * H * P + start
-    for h in range(0, H, BLOCK_H):
-        column = tl.arange(0, BLOCK_H)[None, :]
-        value, gate = value_and_gate(
-            x, left_ptr, left_bias_ptr, left_gate_ptr, left_gate_bias_ptr, h, C, H, BLOCK_C, BLOCK_H
-        )
-        at = left_out_ptr + out + h * P
-        store_tile(at, value * gate * mask, left, H - h, row, column, 1, P)
-        value, gate = value_and_gate(
-            x,
-            right_ptr,
-            right_bias_ptr,
-            right_gate_ptr,
-            right_gate_bias_ptr,
-            h,
-            C,
-            H,
-            BLOCK_C,
-            BLOCK_H,
-        )
-        at = right_out_ptr + out + h * P
-        store_tile(at, value * gate * mask, left, H - h, row, column, 1, P)
+    """Programs: left or right, some of its channels, group of tiles."""
+    first_channel = tl.program_id(1) * BLOCK_H
+    channels = H - first_channel
+    value_weights, gate_weights, value_bias, gate_bias = gated_weights(
+        folded_ptr, folded_bias_ptr, C, H, WHOLE, BLOCK_C, BLOCK_H
+    )
+    out_ptr = left_ptr
+    if tl.program_id(0) == 1:
+        out_ptr = right_ptr
+    row = tl.arange(0, BLOCK_P)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    some = tl.arange(0, BLOCK_H)[:, None]
+    for tile in tl.range(tl.program_id(2), TILES, tl.num_programs(2), num_stages=AHEAD):
+        example, _, start, left = place(tile, 1, P, BLOCK_P)
+        first = example * P + start
+        x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
+        mask = load_vector(mask_ptr + first, row, left, WHOLE)[None, :]
+        _, rstd = moments(x, channel < C, C, 1)
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            store_vector(rstd_ptr + first, rstd, row, left, WHOLE)
+        rstd = rstd[None, :]
+        x = tl.trans(operand(x, channel < C, C, 1))
+        value = product(value_weights, x) * rstd + value_bias
+        gate = product(gate_weights, x) * rstd + gate_bias
+        at = out_ptr + example * H * P + first_channel * P + start
+        gated = value * sigmoid(gate) * mask
+        store_tile(at, gated, channels, left, some, row[None, :], P, 1, WHOLE)
 
 
 @triton.jit
-def value_and_gate(
-    x,
-    weights_ptr,
-    bias_ptr,
-    gate_ptr,
-    gate_bias_ptr,
-    h,
+def gated_weights(
+    folded_ptr,
+    folded_bias_ptr,
     C: tl.constexpr,
     H: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """A projection and its gate, [rows, BLOCK_H] from channel ``h`` on."""
-    column = tl.arange(0, BLOCK_H)[None, :]
-    weights = load_weights(weights_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
-    value = product(x, weights) + load_vector(bias_ptr + h, column, H - h)
-    weights = load_weights(gate_ptr, h, C, H, BLOCK_C, column).to(x.dtype)
-    gate = product(x, weights) + load_vector(gate_bias_ptr + h, column, H - h)
-    return value, sigmoid(gate)
+    """Of the program's channels, of a projection and of its gate: weights [h, c], biases [h, 1]."""
+    W: tl.constexpr = 4 * H + C
+    start = tl.program_id(1) * BLOCK_H
+    channels = H - start
+    start += tl.program_id(0) * (2 * H)
+    row = tl.arange(0, BLOCK_C)[:, None]
+    column = tl.arange(0, BLOCK_H)
+    at = folded_ptr + start
+    value = load_tile(at, C, channels, row, column[None, :], W, 1, WHOLE)
+    gate = load_tile(at + H, C, channels, row, column[None, :], W, 1, WHOLE)
+    at = folded_bias_ptr + start
+    value_bias = load_vector(at, column[:, None], channels, WHOLE)
+    gate_bias = load_vector(at + H, column[:, None], channels, WHOLE)
+    return tl.trans(value), tl.trans(gate), value_bias, gate_bias
 
 
 @triton.jit
@@ -114,88 +112,116 @@ def triangle_output_kernel(
     product_ptr,  # [b, h, p]
     pair_ptr,  # [b, p, c]
     factor_ptr,  # [b, j, c] float32: dropout, the same for all i of p = (i, j)
-    center_scale_ptr,  # [h]
-    center_offset_ptr,  # [h]
-    output_ptr,  # [h, c]
-    output_bias_ptr,  # [c]
-    scale_ptr,  # [c]
-    offset_ptr,  # [c]
-    gating_ptr,  # [c, c]
-    gating_bias_ptr,  # [c]
+    rstd_ptr,  # [b, p]
+    folded_ptr,  # [c, w]
+    folded_bias_ptr,  # [w] float32
+    output_folded_ptr,  # [h, c]
+    output_folded_bias_ptr,  # [c] float32
     out_ptr,  # [b, p, c]
-    P: tl.constexpr,
+    center_mean_ptr,  # [b, p]: of the product's channels
+    center_rstd_ptr,  # [b, p]
+    B: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741, the legend's name
     J: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    start = tl.program_id(0) * BLOCK_P
-    example = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, BLOCK_P)[:, None]
-    left = P - start
-    first = example * P + start
-    x = normalized_rows(pair_ptr + first * C, scale_ptr, offset_ptr, left, row, C, BLOCK_C)
-    center = normalized_product(
-        product_ptr + example * H * P + start,
-        center_scale_ptr,
-        center_offset_ptr,
-        left,
-        P,
+    """Programs: group of tiles, some of the channels. The positions of a tile have one i."""
+    P: tl.constexpr = I * J
+    c = tl.program_id(1) * BLOCK_O
+    row = tl.arange(0, BLOCK_P)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    hidden = tl.arange(0, BLOCK_H)[:, None]
+    some = tl.arange(0, BLOCK_O)[None, :]
+    update_weights, gate_weights, update_bias, gate_bias = output_weights(
+        folded_ptr,
+        folded_bias_ptr,
+        output_folded_ptr,
+        output_folded_bias_ptr,
+        C,
         H,
-        BLOCK_P,
+        WHOLE,
+        BLOCK_C,
         BLOCK_H,
+        BLOCK_O,
     )
-    center = tl.trans(center)
-    for c in range(0, C, BLOCK_O):
-        column = tl.arange(0, BLOCK_O)[None, :]
-        weights = load_weights(output_ptr, c, H, C, BLOCK_H, column).to(x.dtype)
-        update = product(center, weights) + load_vector(output_bias_ptr + c, column, C - c)
-        weights = load_weights(gating_ptr, c, C, C, BLOCK_C, column).to(x.dtype)
-        gate = product(x, weights) + load_vector(gating_bias_ptr + c, column, C - c)
-        update *= sigmoid(gate)
+    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), num_stages=AHEAD):
+        example, j, start, left = place(tile, I, J, BLOCK_P)
+        first = example * P + start
+        x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
+        at = product_ptr + example * H * P + start
+        z = load_tile(at, H, left, hidden, row[None, :], P, 1, WHOLE)
+        rstd = load_vector(rstd_ptr + first, row, left, WHOLE)
+        center_mean, center_rstd = moments(z, hidden < H, H, 0)
+        if tl.program_id(1) == 0:
+            store_vector(center_mean_ptr + first, center_mean, row, left, WHOLE)
+            store_vector(center_rstd_ptr + first, center_rstd, row, left, WHOLE)
+        gate = product(operand(x, channel < C, C, 1), gate_weights)
+        update = product(tl.trans(operand(z, hidden < H, H, 0)), update_weights)
+        update = update * center_rstd[:, None] + update_bias
+        update *= sigmoid(gate * rstd[:, None] + gate_bias)
         if HAS_FACTOR:
-            factor_row = (start + row) % J
-            at = factor_ptr + example * J * C + c
-            update *= load_tile(at, J, C - c, factor_row, column, C, 1)
+            at = factor_ptr + (example * J + j) * C + c
+            update *= load_tile(at, left, C - c, row[:, None], some, C, 1, WHOLE)
         if RESIDUAL:
-            at = pair_ptr + first * C + c
-            update += load_tile(at, left, C - c, row, column, C, 1).to(tl.float32)
-        store_tile(out_ptr + first * C + c, update, left, C - c, row, column, C, 1)
+            if BLOCK_O == BLOCK_C:
+                update += x.to(tl.float32)
+            else:
+                at = pair_ptr + first * C + c
+                update += load_tile(at, left, C - c, row[:, None], some, C, 1, WHOLE).to(tl.float32)
+        store_tile(out_ptr + first * C + c, update, left, C - c, row[:, None], some, C, 1, WHOLE)
 
 
 @triton.jit
-def normalized_product(
-    product_ptr,
-    scale_ptr,
-    offset_ptr,
-    left,
-    P: tl.constexpr,
+def output_weights(
+    folded_ptr,
+    folded_bias_ptr,
+    output_folded_ptr,
+    output_folded_bias_ptr,
+    C: tl.constexpr,
     H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
-    """LayerNorm of a tile [BLOCK_H, BLOCK_P], whose positions lie side by side."""
-    channel = tl.arange(0, BLOCK_H)[:, None]
-    position = tl.arange(0, BLOCK_P)[None, :]
-    x = load_tile(product_ptr, H, left, channel, position, P, 1)
-    normal, _ = standardize(x.to(tl.float32), channel < H, H, 0)
-    y = normal * load_vector(scale_ptr, channel, H) + load_vector(offset_ptr, channel, H)
-    return y.to(x.dtype)
+    """Of the program's channels: weights of update and gate [h or c, o], biases [1, o]."""
+    W: tl.constexpr = 4 * H + C
+    start = tl.program_id(1) * BLOCK_O
+    channels = C - start
+    column = tl.arange(0, BLOCK_O)[None, :]
+    at = output_folded_ptr + start
+    update = load_tile(at, H, channels, tl.arange(0, BLOCK_H)[:, None], column, C, 1, WHOLE)
+    at = folded_ptr + 4 * H + start
+    gate = load_tile(at, C, channels, tl.arange(0, BLOCK_C)[:, None], column, W, 1, WHOLE)
+    update_bias = load_vector(output_folded_bias_ptr + start, column, channels, WHOLE)
+    gate_bias = load_vector(folded_bias_ptr + 4 * H + start, column, channels, WHOLE)
+    return update, gate, update_bias, gate_bias
 
 
 def project(
-    b: int, p: int, c: int, h: int, dtype: str, architecture: int, tiles: Tiles | None = None
+    b: int, p: int, c: int, h: int, dtype: str, architecture: int, turns: Turns | None = None
 ) -> Launch:
-    """(pair, mask, scale, offset, 4 x (weights, bias)) -> left, right [b, h, p]."""
-    tiles = tiles or choose(PROJECT, c, dtype, architecture)
+    """(pair, mask, folded weights, bias) -> left, right [b, h, p], rstd [b, p]."""
+    turns = turns or choose(PROJECT, max(c, h), dtype, architecture)
+    columns = min(turns.columns, block(h))
+    parts, tiles = cdiv(h, columns), b * cdiv(p, turns.rows)
+    sizes = {"B": b, "P": p, "C": c, "H": h, "TILES": tiles}
+    blocks = {"BLOCK_C": block(c), "BLOCK_H": columns}
+    whole = {"WHOLE": p % turns.rows == 0 and c == block(c) and h % columns == 0}
+    grid = 2, parts, groups(tiles, turns, 2 * parts, architecture)
     gated = Output((b, h, p), dtype)
-    sizes = {"P": p, "C": c, "H": h, "BLOCK_C": block(c), "BLOCK_H": tiles.fit(h)}
-    return launch_tiles(triangle_project_kernel, b, p, (gated, gated), sizes, tiles)
+    outputs = gated, gated, Output((b, p), "float32")
+    return launch_turns(triangle_project_kernel, grid, outputs, sizes | blocks | whole, turns)
 
 
 def output(
@@ -207,27 +233,26 @@ def output(
     architecture: int,
     has_factor: bool,
     residual: bool,
-    tiles: Tiles | None = None,
+    turns: Turns | None = None,
 ) -> Launch:
-    """See the kernel -> result [b p c]; ``shape`` is (i, j)."""
-    tiles = tiles or choose(OUTPUT, c, dtype, architecture)
-    p = shape[0] * shape[1]
-    sizes = {"P": p, "J": shape[1], "C": c, "H": h, "HAS_FACTOR": has_factor, "RESIDUAL": residual}
-    blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": tiles.fit(c)}
-    return launch_tiles(
-        triangle_output_kernel, b, p, (Output((b, p, c), dtype),), sizes | blocks, tiles
-    )
+    """See the kernel -> result [b p c], mean and rstd of the product [b p]; ``shape``: (i, j)."""
+    turns = turns or choose(OUTPUT, max(c, h), dtype, architecture)
+    i, j = shape
+    number = Output((b, i * j), "float32")
+    sizes, grid = output_sizes(b, shape, c, h, turns, architecture)
+    sizes |= {"HAS_FACTOR": has_factor, "RESIDUAL": residual}
+    outputs = Output((b, i * j, c), dtype), number, number
+    return launch_turns(triangle_output_kernel, grid, outputs, sizes, turns)
 
 
-def launch_tiles(
-    kernel: Any, b: int, p: int, outputs: tuple[Output, ...], sizes: dict[str, Any], tiles: Tiles
-) -> Launch:
-    """A program for each tile of positions of each example."""
-    return Launch(
-        kernel=kernel,
-        grid=(cdiv(p, tiles.rows), b),
-        outputs=outputs,
-        constants=sizes | {"BLOCK_P": tiles.rows},
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+def output_sizes(
+    b: int, shape: tuple[int, int], c: int, h: int, turns: Turns, architecture: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Constants and grid of a kernel whose tiles have one i each."""
+    i, j = shape
+    columns = min(turns.columns, block(c))
+    parts, tiles = cdiv(c, columns), b * i * cdiv(j, turns.rows)
+    whole = j % turns.rows == 0 and c % columns == 0 and c == block(c) and h == block(h)
+    sizes = {"B": b, "I": i, "J": j, "C": c, "H": h, "TILES": tiles, "WHOLE": whole}
+    blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": columns}
+    return sizes | blocks, (groups(tiles, turns, parts, architecture), parts)

@@ -1,0 +1,127 @@
+"""What the kernels of triangle multiplication share: tiles in turn, norms for folded weights.
+
+A launch has a few programs for each multiprocessor. A program keeps its weights, and takes tiles of
+positions in turn; the loads of the next tiles are on their way while it works on one.
+
+The weights of the projections are folded (see ``triangle_fold``): they take away what all channels
+of a position have in common, so that a norm is a product with the rows as they are, times one
+number for each position, 1 / standard deviation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from foldcore.kernels.launch import INTERPRETER, Launch, Output
+from foldcore.kernels.rows import EPS, MIN_BLOCK, block
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+LARGE_SHARED = range(90, 120)  # architectures on which the measured sizes fit
+MEASURED_CHANNELS = 128
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Sizes of a launch whose programs take tiles in turn."""
+
+    rows: int  # positions of a tile
+    columns: int  # channels that a program computes
+    num_warps: int
+    programs: int  # on each multiprocessor
+    ahead: int  # tiles that are on chip at once
+
+
+_TESTED = Turns(16, 16, 4, 1, 2)
+_FLOAT32 = Turns(32, 16, 8, 2, 1)  # exact products need many registers
+
+
+def choose(measured: Turns, channels: int, dtype: str, architecture: int) -> Turns:
+    """The sizes for tiles of so many channels; wider ones than measured have to be smaller."""
+    if architecture == INTERPRETER:
+        return _TESTED
+    if dtype != "bfloat16":
+        return _FLOAT32
+    if architecture not in LARGE_SHARED:
+        measured = replace(measured, ahead=1)
+    if (width := block(channels)) <= MEASURED_CHANNELS:
+        return measured
+    rows = max(MIN_BLOCK, measured.rows * MEASURED_CHANNELS // width)
+    return replace(measured, rows=rows, columns=64, programs=1, ahead=1)
+
+
+def groups(tiles: int, turns: Turns, parts: int, architecture: int) -> int:
+    """Programs that share the tiles, where each tile takes ``parts`` programs."""
+    processors = 3 if architecture == INTERPRETER else MULTIPROCESSORS
+    return min(tiles, max(1, processors * turns.programs // parts))
+
+
+def launch_turns(
+    kernel: Any,
+    grid: tuple[int, ...],
+    outputs: tuple[Output, ...],
+    sizes: Mapping[str, Any],
+    turns: Turns,
+    in_place: Mapping[int, int] | None = None,
+) -> Launch:
+    """A launch with ``turns``, of which every kernel knows BLOCK_P and AHEAD."""
+    ahead = turns.ahead if turns.ahead > 1 else None
+    return Launch(
+        kernel=kernel,
+        grid=grid,
+        outputs=outputs,
+        constants=dict(sizes) | {"BLOCK_P": turns.rows, "AHEAD": ahead},
+        num_warps=turns.num_warps,
+        in_place=in_place or {},
+    )
+
+
+@triton.jit
+def place(tile, I: tl.constexpr, J: tl.constexpr, BLOCK_P: tl.constexpr):  # noqa: E741
+    """The example of a tile, whose positions have one i; its first j and position there; j left.
+
+    Where i does not matter an example is one row of positions: I is 1 then, J their number.
+    """
+    blocks: tl.constexpr = (J + BLOCK_P - 1) // BLOCK_P
+    line = tile // blocks  # example, i
+    j = tile % blocks * BLOCK_P
+    return tl.cast(line // I, tl.int64), j, line % I * J + j, J - j
+
+
+@triton.jit
+def operand(x, inside, C: tl.constexpr, AXIS: tl.constexpr):
+    """What a product with folded weights takes of a tile ``x``, which is 0 outside.
+
+    Folded weights take the mean along AXIS away, but only up to rounding: float32 loses it before.
+    """
+    if x.dtype == tl.float32:
+        x = tl.where(inside, x - tl.expand_dims(tl.sum(x, AXIS) / C, AXIS), 0.0)
+    return x
+
+
+@triton.jit
+def moments(x, inside, C: tl.constexpr, AXIS: tl.constexpr):
+    """Mean and 1 / standard deviation along AXIS of a tile, which is 0 outside.
+
+    bfloat16 takes one pass: its own rounding is far more than what is lost in float32 where the
+    mean of the squares and the square of the mean are close.
+    """
+    wide = x.to(tl.float32)
+    mean = tl.sum(wide, AXIS) / C
+    if x.dtype == tl.float32:
+        centred = tl.where(inside, x - tl.expand_dims(mean, AXIS), 0.0)
+        variance = tl.sum(centred * centred, AXIS) / C
+    else:
+        variance = tl.maximum(tl.sum(wide * wide, AXIS) / C - mean * mean, 0.0)
+    return mean, tl.rsqrt(variance + EPS)
+
+
+@triton.jit
+def store_vector(base_ptr, vector, index, SIZE, WHOLE: tl.constexpr):
+    """The counterpart of ``load_vector``, of float32."""
+    if WHOLE:
+        tl.store(base_ptr + index, vector)
+    else:
+        tl.store(base_ptr + index, vector, mask=index < SIZE)
