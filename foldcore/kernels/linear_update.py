@@ -28,7 +28,7 @@ from foldcore.kernels.rows import (
 
 # (architecture, channels of the tile that is loaded once, up to) -> sizes
 FORWARD = {
-    (90, 64): Tiles(64, 64, 4, 1),
+    (90, 64): Tiles(64, 64, 8, 2),
     (90, 128): Tiles(64, 128, 8, 2),
     (90, 256): Tiles(64, 256, 8, 2),
 }
@@ -37,10 +37,11 @@ BACKWARD = {
     (90, 128): Tiles(128, 64, 8, 2),
     (90, 256): Tiles(64, 64, 8, 2),
 }
-# Of wide rows in FORWARD: programs, one for each multiprocessor, that take tiles in turn; channels
-# up to -> tiles whose loads are on their way at once, where they fit on chip; elements of weights
-# that a program holds at most.
-PROGRAMS, AHEAD, WEIGHTS = 132, {128: 3}, 256 * 256
+# Of FORWARD in bfloat16: channels up to -> programs on each multiprocessor, which take tiles in
+# turn; tiles whose loads are on their way at once, where they fit on chip.
+TURNS: dict[int, tuple[int, int | None]] = {64: (2, 3), 128: (1, 3), 256: (1, None)}
+MULTIPROCESSORS = 132
+WEIGHTS = 256 * 256  # elements that a program holds at most
 
 
 @dataclass(frozen=True)
@@ -185,16 +186,23 @@ def forward(
     tiles = tiles or choose(FORWARD, k, dtype, architecture)
     columns = max(MIN_BLOCK, min(tiles.fit(c), WEIGHTS // block(k)))
     parts, count = cdiv(c, columns), cdiv(shape.rows, tiles.rows)
-    wide = dtype == "bfloat16" and block(k) >= 128
-    programs = max(1, PROGRAMS // parts) if wide else count
-    ahead = AHEAD.get(block(k)) if wide else None
-    if architecture == INTERPRETER:
-        programs, ahead = 2, 2
+    programs, ahead = _turns(k, parts, dtype, architecture) or (count, None)
     sizes = {"K": k, "C": c, "RESIDUAL": residual, "AHEAD": ahead}
     blocks = {"BLOCK_K": block(k), "BLOCK_C": columns}
     outputs = (Output((shape.rows, c), dtype),)
     grid = min(count, programs), parts
     return _launch(linear_update_forward_kernel, shape, outputs, sizes | blocks, tiles, grid)
+
+
+def _turns(k: int, parts: int, dtype: str, architecture: int) -> tuple[int, int | None] | None:
+    """Programs that take tiles in turn and tiles ahead; None: a program for each tile."""
+    if architecture == INTERPRETER:
+        return 2, 2
+    if dtype != "bfloat16":
+        return None
+    width = next((w for w in TURNS if w >= block(k)), max(TURNS))
+    programs, ahead = TURNS[width]
+    return max(1, MULTIPROCESSORS * programs // parts), ahead
 
 
 def backward(
