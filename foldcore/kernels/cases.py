@@ -114,10 +114,12 @@ _TRANSITION = {
     "weights2": (HIDDEN, C),
     "bias2": (C,),
 }
+# so many that programs take several tiles in turn, none with an edge, as at a crop of 256
+RESIDUES = 128
 _TRIANGLE = {
-    "pair": (1, 24, 24, C),
-    "pair_mask": (1, 24, 24),
-    "factor": (1, 1, 24, C),
+    "pair": (1, RESIDUES, RESIDUES, C),
+    "pair_mask": (1, RESIDUES, RESIDUES),
+    "factor": (1, 1, RESIDUES, C),
     "norm_scale": (C,),
     "norm_offset": (C,),
     **{
