@@ -53,7 +53,8 @@ def compute_fape(
     if isinstance(clamped, Tensor):
         clamped = clamped.to(error.dtype)[..., None, None]
     error = torch.lerp(error, torch.clamp(error, max=CLAMP), clamped) / LENGTH_SCALE
-    of_frame = _product(error, positions_mask.expand(error[..., 0, :].shape)[..., None])[..., 0]
+    counted = positions_mask.to(error.dtype).expand(error[..., 0, :].shape)
+    of_frame = _product(error, counted[..., None])[..., 0]
     pairs = torch.sum(frames_mask, dim=-1) * torch.sum(positions_mask, dim=-1)
     return torch.sum(frames_mask * of_frame, dim=-1) / (1e-4 + pairs)
 
