@@ -85,6 +85,8 @@ def test_any_size(residues: int, outgoing: bool) -> None:
         Case(9, c=32, h=16, batch=2, dropout=True, residual=True),
         Case(9, c=24, h=40, batch=2, outgoing=False, dropout=True),
         Case(6, c=8, h=4),
+        # tiles without edges, several for each program
+        Case(16, c=32, h=16, batch=2, outgoing=False, dropout=True),
     ],
     ids=str,
 )

@@ -7,9 +7,10 @@ columns,
     LN(x) W + b = rstd (x - mean) (S W) + (offset W + b) = rstd (x W') + b'
 
 for a row less its mean, times any matrix, is the row times that matrix less the means of its
-columns. W' and b' are computed once a call; then the kernels need no normalised rows. Backward they
-sum ``M = normal^T dy``, with the standardised rows ``normal = (x - mean) rstd``, and ``s = sum of
-dy``, from which follow
+columns. W' and b' are computed once a call; then the kernels need no normalised rows. Rounding W'
+to bfloat16 is one more rounding of the weights, in place of one of the normalised rows. Backward
+they sum ``M = normal^T dy``, with the standardised rows ``normal = (x - mean) rstd``, and ``s = sum
+of dy``, from which follow
 
     dW = S M + offset s^T    dscale = sum over columns of M W    doffset = W s
 
