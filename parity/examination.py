@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +12,6 @@ from parity.noise import floors_of_sums, perturbed, redrawn
 from parity.tracks import Arrays
 
 EXACT = "float64"
-Result = TypeVar("Result")
 
 
 def examine(
@@ -59,20 +56,19 @@ class Examination:
 
     def verdict(self, name: str, inputs: Arrays) -> Verdict:
         """On one variant."""
-        found = self._beside(partial(self._run, name, self.parameters, inputs))
+        found = {who: self._run(who, name, self.parameters, inputs) for who in self.runs}
         found["jax"] = unrounded(found["jax"])
         exact = unrounded(found.pop(EXACT)) if EXACT in found else None
         scale = Scale(found, exact, self.setting.dtype)
         if self.noisy:
             # the runs of one at a time: a step of a large network returns gigabytes
-            spreads = self._beside(lambda who: spread_of(self._moved_runs(who, name, inputs)))
-            scale.spreads = list(spreads.values())
+            scale.spreads = [spread_of(self._moved_runs(who, name, inputs)) for who in self.runs]
             scale.sums = self._floors_of_sums(name, inputs, found)
         rows = scale.rows(found)
         with_oracle = exact is not None and not self.noisy
         verdict = Verdict(name, self.case.level, self.setting.dtype, rows, with_oracle)
         changed = self.case.mutate(self.parameters, inputs)
-        broken = self._beside(partial(self._run, f"{name}, broken", *changed), TRACKS)
+        broken = {track: self._run(track, f"{name}, broken", *changed) for track in TRACKS}
         look_at_mutation(verdict, scale, found, broken)
         return verdict
 
@@ -80,7 +76,8 @@ class Examination:
         """What one of ``runs`` finds for moved parameters and inputs."""
 
         def run(number: int, own: Arrays, changed: Arrays) -> Arrays:
-            return unrounded(self._run(f"{name}, moved {number}", own, {**inputs, **changed}, who))
+            given: Any = own, {**inputs, **changed}
+            return unrounded(self._run(who, f"{name}, moved {number}", *given))
 
         return [run(number, *moved) for number, moved in enumerate(self.moved, 1)]
 
@@ -95,27 +92,14 @@ class Examination:
         errors: list[list[Arrays]] = [[] for _ in TRACKS]
         for i, (own, changed) in enumerate(redrawn(self.case, self.parameters, inputs), 1):
             given: Any = own, {**inputs, **changed}
-            far = self._beside(partial(self._run, f"{name}, redrawn {i}", *given))
+            far = {who: self._run(who, f"{name}, redrawn {i}", *given) for who in self.runs}
             exact = {n: np.asarray(far[EXACT][n], np.float64) for n in numbers}
             for track, list_of_errors in zip(TRACKS, errors, strict=True):
                 list_of_errors.append({n: relative(far[track][n], exact[n]) for n in numbers})
         self.sums = floors_of_sums(errors)
         return self.sums
 
-    def _beside(
-        self, work: Callable[[str], Result], runs: Sequence[str] | None = None
-    ) -> dict[str, Result]:
-        """``work`` for each run; on a GPU, which they wait for, JAX's beside PyTorch's."""
-        runs = tuple(runs or self.runs)
-        if self.setting.device != "gpu":
-            return {who: work(who) for who in runs}
-        lanes = [[who for who in runs if (who == "jax") == jax] for jax in (True, False)]
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            done = pool.map(lambda lane: {who: work(who) for who in lane}, lanes)
-            found = {who: result for lane in done for who, result in lane.items()}
-        return {who: found[who] for who in runs}
-
-    def _run(self, what: str, parameters: Arrays, inputs: Arrays, who: str) -> Arrays:
+    def _run(self, who: str, what: str, parameters: Arrays, inputs: Arrays) -> Arrays:
         start = time.perf_counter()
         found = self.runs[who](parameters, inputs)
         self.say(f"{self.setting.dtype} {what}: {who} took {time.perf_counter() - start:.1f} s")

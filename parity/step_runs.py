@@ -136,7 +136,9 @@ class Program:
 
     def state(self, step: int, **sections: np.ndarray) -> Any:
         """A state on the device; buffers are flat."""
-        wide = {name: buffer.astype(self.setting.wide) for name, buffer in sections.items()}
+        # JAX may take an array on the host as it is, and then give its memory to the next state
+        copy = self.setting.device == "cpu"
+        wide = {n: x.astype(self.setting.wide, copy=copy) for n, x in sections.items()}
         host = self.track.train.TrainState(**wide, step=np.asarray(step, np.int32))
         return self.track.distributed.replicate(self.mesh, host)
 
