@@ -165,17 +165,13 @@ class CompiledStep:
         )
         self._program: Any = None
         self._results: deque[Any] = deque()
-        self._compiling = self._started = 0.0  # seconds, and a time
+        self._compiling = ""  # what took how long
+        self._started = 0.0
 
     def __call__(self, state: Any, batch: Mapping[str, Array]) -> Any:
         """Start the step; the result may still be on its way when this returns."""
         if self._program is None:
-            start = time.perf_counter()
-            traced = self._jitted.trace(state, batch)
-            with compiling(traced.jaxpr):
-                self._program = traced.lower().compile()
-            self._started = time.perf_counter()
-            self._compiling = self._started - start
+            self._prepare(state, batch)
         if len(self._results) == IN_FLIGHT:
             jax.block_until_ready(self._results.popleft())
         with jax.transfer_guard("disallow"):  # nothing may cross between host and device unnoticed
@@ -184,14 +180,26 @@ class CompiledStep:
         self._results.append(result[1] if isinstance(result, tuple) else result)
         return result
 
+    def _prepare(self, state: Any, batch: Mapping[str, Array]) -> None:
+        times = [time.perf_counter()]
+        traced = self._jitted.trace(state, batch)
+        times.append(time.perf_counter())
+        with compiling(traced.jaxpr):
+            lowered = traced.lower()
+            times.append(time.perf_counter())
+            self._program = lowered.compile()
+            times.append(time.perf_counter())
+        self._started = time.perf_counter()
+        times.append(self._started)
+        names = ("trace", "lower", "compile or read", "wait for kernels")
+        spent = zip(names, np.diff(times), strict=True)
+        self._compiling = ", ".join(f"{seconds:.1f} s to {what}" for what, seconds in spent)
+
     def first_step(self, result: Any) -> str:
         """What the first step cost, once its ``result`` has arrived."""
         jax.block_until_ready(result)
         seconds = time.perf_counter() - self._started
-        return (
-            f"first step: {self._compiling:.1f} s to compile, {seconds:.2f} s to run, "
-            f"peak memory {peak_memory()}"
-        )
+        return f"first step: {self._compiling}, {seconds:.2f} s to run, peak memory {peak_memory()}"
 
 
 def prefetch(loader: Loader, mesh: Mesh) -> Iterator[tuple[dict[str, Array], Any, float]]:

@@ -55,8 +55,12 @@ class Trainer:
 
     def start(self, batch: Any) -> Any:
         """Start a step; its metrics, which may still be on their way."""
-        self._state, metrics = self._step(self._state, batch)
-        return metrics
+        self._state, self._metrics = self._step(self._state, batch)
+        return self._metrics
+
+    def first_step(self) -> str:
+        """What the step just made cost, if it was the first."""
+        return str(self._step.first_step(self._metrics))
 
     def seconds(self, batch: Any) -> tuple[float, float]:
         """Duration of a step, to the arrival of its results, and its loss."""
@@ -77,6 +81,7 @@ def measure(track: str, options: Any, show: Callable[[Sequence[Row]], None]) -> 
     trainer = Trainer(track, config)
     passes = [int(number) for number in options.recycling.split(",")]
     first, loss = trainer.seconds(trainer.batch(passes[0]))
+    print(trainer.first_step(), flush=True)
     for recycling in passes:
         times = _times(trainer, trainer.batch(recycling), options.steps)
         row = {"track": track, "config": options.config, "recycling": recycling}
