@@ -124,7 +124,7 @@ _INTERPRETED = Tiles(128, 128, 2, 4, 1)
 # ``parity.bench_kernels sweep=`` over the model's shapes.
 _MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {
     90: {
-        ("forward", 128, 32): Tiles(128, 128, 8, 4, 2),
+        ("forward", 128, 32): Tiles(128, 128, 8, 4, 3),
         ("forward", 256, 32): Tiles(64, 256, 16, 4, 2),
         ("forward", 512, 32): Tiles(64, 64, 8, 4, 3),
         ("forward", 256, 16): Tiles(64, 32, 1, 4, 1),
