@@ -19,8 +19,7 @@ from foldcore.kernels.launch import INTERPRETER, Launch, Output
 from foldcore.kernels.rows import EPS, MIN_BLOCK, block
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-LARGE_SHARED = range(90, 120)  # architectures on which the measured sizes fit
-MEASURED_CHANNELS = 128
+MEASURED, MEASURED_CHANNELS = 90, 128  # architecture and channels of the measured sizes
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,25 @@ class Turns:
 
 
 _TESTED = Turns(16, 16, 4, 1, 2)
-_FLOAT32 = Turns(32, 16, 8, 2, 1)  # exact products need many registers
+_FLOAT32 = Turns(32, 16, 8, 2, 2)  # exact products need many registers
 
 
 def choose(measured: Turns, channels: int, dtype: str, architecture: int) -> Turns:
-    """The sizes for tiles of so many channels; wider ones than measured have to be smaller."""
+    """The sizes for tiles of so many channels.
+
+    What has not been measured gets sizes that fit everywhere: 100 KB of shared memory are enough
+    for 128 channels.
+    """
     if architecture == INTERPRETER:
         return _TESTED
     if dtype != "bfloat16":
         return _FLOAT32
-    if architecture not in LARGE_SHARED:
-        measured = replace(measured, ahead=1)
+    if architecture != MEASURED:
+        measured = replace(measured, columns=64, ahead=2)
     if (width := block(channels)) <= MEASURED_CHANNELS:
         return measured
     rows = max(MIN_BLOCK, measured.rows * MEASURED_CHANNELS // width)
-    return replace(measured, rows=rows, columns=64, programs=1, ahead=1)
+    return replace(measured, rows=rows, columns=32, programs=1, ahead=2)
 
 
 def groups(tiles: int, turns: Turns, parts: int, architecture: int) -> int:
@@ -67,12 +70,11 @@ def launch_turns(
     in_place: Mapping[int, int] | None = None,
 ) -> Launch:
     """A launch with ``turns``, of which every kernel knows BLOCK_P and AHEAD."""
-    ahead = turns.ahead if turns.ahead > 1 else None
     return Launch(
         kernel=kernel,
         grid=grid,
         outputs=outputs,
-        constants=dict(sizes) | {"BLOCK_P": turns.rows, "AHEAD": ahead},
+        constants=dict(sizes) | {"BLOCK_P": turns.rows, "AHEAD": turns.ahead},
         num_warps=turns.num_warps,
         in_place=in_place or {},
     )
