@@ -9,7 +9,8 @@ from jax import Array
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels.rows import column_sums
+from foldcore.kernels import transition_backward, transition_layers
+from foldcore.kernels.rows import column_sums, two_column_sums
 from jaxfold._triton import architecture, call, dtype_name
 
 
@@ -86,26 +87,36 @@ def transition(
 
 
 def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
-    return transition(*inputs), inputs[:6]
+    """Layer by layer: the hidden layer is saved."""
+    x, scale, offset, weights1, bias1, weights2, bias2, residual = inputs
+    c, f = weights1.shape
+    n, kind = x.size // c, (dtype_name(x), architecture())
+    rows = x.reshape(n, c)
+    (normalized,) = call(norm_kernels.forward(n, c, *kind), rows, scale, offset)
+    (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
+    launch = transition_layers.second(n, c, f, *kind, residual)
+    (y,) = call(launch, hidden, weights2, bias2, rows)
+    return y.reshape(x.shape), (x, scale, offset, weights1, weights2, hidden)
 
 
 def _transition_backward(
     residual: bool, saved: tuple[Array, ...], grad: Array
 ) -> tuple[Array, ...]:
-    x, *parameters = saved
-    scale, _, weights1, bias1, _ = parameters
+    x, scale, offset, weights1, weights2, hidden = saved
     c, f = weights1.shape
     n, kind = x.size // c, (dtype_name(x), architecture())
     rows, rows_grad = x.reshape(n, c), grad.reshape(n, c)
-    launch = transition_kernels.backward(n, c, f, *kind)
-    normalized, hidden, hidden_grad, sums = call(launch, rows, rows_grad, *parameters)
-    launch = norm_kernels.backward(n, c, *kind, residual)
-    x_grad, norm_sums = call(launch, rows, scale, hidden_grad @ weights1.T, rows_grad)
+    launch = transition_backward.mask(n, c, f, *kind)
+    hidden_grad, sums = call(launch, rows_grad, hidden, weights2)
+    launch = transition_backward.norm(n, c, *kind, residual)
+    normalized_grad = hidden_grad @ weights1.T
+    x_grad, normalized, norm_sums = call(launch, rows, scale, offset, normalized_grad, rows_grad)
     weights1_grad = jnp.einsum("nc,nf->cf", normalized, hidden_grad)
     weights2_grad = jnp.einsum("nf,nc->fc", hidden, rows_grad)
-    biases, norm = sum_columns(sums, bias1), sum_columns(norm_sums, scale)
-    weights = (weights1_grad, biases[:f], weights2_grad, biases[f:])
-    return x_grad.reshape(x.shape), norm[:c], norm[c:], *weights
+    launch = two_column_sums(sums.shape, norm_sums.shape, dtype_name(scale))
+    (vectors,) = call(launch, sums, norm_sums)
+    bias1, bias2, *norm = jnp.split(vectors, (f, f + c, f + 2 * c))
+    return x_grad.reshape(x.shape), *norm, weights1_grad, bias1, weights2_grad, bias2
 
 
 transition.defvjp(_transition_forward, _transition_backward)

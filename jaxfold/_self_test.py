@@ -52,7 +52,7 @@ def _flat(x: Array) -> Array:
 
 @functools.singledispatch
 def _run(case: Any, implementation: str, arrays: dict[str, Array]) -> Mapping[str, Array]:
-    """Output and gradients for the same bfloat16 numbers, as kernels get them or in float32."""
+    """Outputs and gradients for the same bfloat16 numbers, as kernels get them or in float32."""
     dtype = jnp.bfloat16 if implementation == "triton" else jnp.float32
     leaves = {
         name: x.astype(jnp.bfloat16).astype(dtype)
@@ -69,7 +69,8 @@ def _run(case: Any, implementation: str, arrays: dict[str, Array]) -> Mapping[st
         return jnp.sum(output.astype(jnp.float32) * weights), output
 
     gradients, output = jax.grad(loss, has_aux=True)(leaves)
-    return {"the output": output} | {f"the gradient of {k}": x for k, x in gradients.items()}
+    outputs = {"the output without gradient": loss(leaves)[1], "the output": output}
+    return outputs | {f"the gradient of {k}": x for k, x in gradients.items()}
 
 
 @_run.register

@@ -17,6 +17,8 @@ from foldcore.kernels import (
     outer_product,
     rows,
     transition,
+    transition_backward,
+    transition_layers,
 )
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.layer_norm import Sizes
@@ -91,7 +93,12 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
         s[0], s[1], *KIND, sizes=t or layer_norm.BACKWARD
     ),
     "transition forward": lambda s, t: transition.forward(s[0], s[1], s[2], *KIND, True, t),
-    "transition backward": lambda s, t: transition.backward(s[0], s[1], s[2], *KIND, t),
+    "transition hidden": lambda s, t: transition_layers.hidden(s[0], s[1], s[2], *KIND, t),
+    "transition second": lambda s, t: transition_layers.second(s[0], s[1], s[2], *KIND, True, t),
+    "transition mask backward": lambda s, t: transition_backward.mask(s[0], s[1], s[2], *KIND, t),
+    "transition norm backward": lambda s, t: transition_backward.norm(
+        s[0], s[1], *KIND, True, t or transition_backward.NORM
+    ),
     "update forward": lambda s, t: linear_update.forward(*_update_kind(s), residual=True, tiles=t),
     "update backward": lambda s, t: linear_update.backward(*_update_kind(s), tiles=t),
     "optimizer": lambda s, t: optimizer.update(
@@ -113,13 +120,16 @@ def _norm_backward_inputs(shape: tuple[int, int]) -> list[Array]:
     return [x, scale, x, x]
 
 
-def _transition_inputs(shape: tuple[int, int, int]) -> list[Array]:
-    return list(transition_arrays(*shape).values())
-
-
-def _transition_backward_inputs(shape: tuple[int, int, int]) -> list[Array]:
-    x, *parameters, _ = _transition_inputs(shape)
-    return [x, x, *parameters]
+def _transition_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:
+    x, scale, offset, weights1, bias1, weights2, bias2 = transition_arrays(*shape).values()
+    hidden: Array = "normal", (shape[0], shape[2])
+    return {
+        "forward": [x, scale, offset, weights1, bias1, weights2, bias2],
+        "hidden": [x, weights1, bias1],
+        "second": [hidden, weights2, bias2, x],
+        "mask backward": [x, hidden, weights2],
+        "norm backward": [x, scale, offset, x, x],
+    }[kernel]
 
 
 def _update_inputs(shape: tuple[int, int, int, int]) -> list[Array]:
@@ -154,8 +164,10 @@ def _outer_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:
 INPUTS: dict[str, Callable[[Any], list[Array]]] = {
     "norm forward": _norm_inputs,
     "norm backward": _norm_backward_inputs,
-    "transition forward": _transition_inputs,
-    "transition backward": _transition_backward_inputs,
+    **{
+        f"transition {name}": functools.partial(_transition_inputs, name)
+        for name in ("forward", "hidden", "second", "mask backward", "norm backward")
+    },
     "update forward": _update_inputs,
     "update backward": _update_backward_inputs,
     "optimizer": _optimizer_inputs,
@@ -200,6 +212,17 @@ OUTER_TILES = (
 )
 
 
+def _tiles(kernel: str) -> Iterator[Tiles | Sizes | Turns]:
+    if kernel in ("transition hidden", "transition mask backward"):
+        yield from sweep_triangle.TURNS
+    elif kernel == "transition norm backward":
+        for elements, groups in itertools.product((2048, 4096), (132, 264, 528)):
+            yield Sizes(elements, elements // 512, groups)
+    else:
+        for tile in OUTER_TILES if kernel.startswith("outer") else TILES:
+            yield Tiles(*tile)
+
+
 def candidates() -> Iterator[Candidate]:
     """Sizes worth trying, for each kernel and shape."""
     for shape in NORMS[:3]:
@@ -219,9 +242,8 @@ def candidates() -> Iterator[Candidate]:
     }
     for kernel in LAUNCHES:
         kind = kernel.split()[0]
-        tiles = OUTER_TILES if kind == "outer" else TILES
-        for where, tile in itertools.product(shapes[kind], tiles):
-            yield Candidate(kernel, where, Tiles(*tile))
+        for where, tile in itertools.product(shapes[kind], _tiles(kernel)):
+            yield Candidate(kernel, where, tile)
     for triangle in sweep_triangle.candidates(list(TRIANGLES[:2])):
         yield Candidate(*triangle)
 

@@ -33,6 +33,8 @@ from foldcore.kernels import (
     outer_product,
     rows,
     transition,
+    transition_backward,
+    transition_layers,
     triangle,
     triangle_backward,
     triangle_fold,
@@ -50,7 +52,10 @@ FLOAT32 = (
     *("rstd_ptr", "center_mean_ptr", "center_rstd_ptr", "slope_ptr", "sums_ptr"),
     *("output_sums_ptr", "folded_bias_ptr", "output_folded_bias_ptr"),
 )
-ALL_FLOAT32 = ("optimizer_squares_kernel", "optimizer_update_kernel", "column_sums_kernel")
+ALL_FLOAT32 = (
+    *("optimizer_squares_kernel", "optimizer_update_kernel"),
+    *("column_sums_kernel", "two_column_sums_kernel"),
+)
 
 
 def launches() -> Iterator[Launch]:
@@ -60,8 +65,7 @@ def launches() -> Iterator[Launch]:
     for n, c in ((65536, 128), (32768, 256), (4 * 65536, 64)):
         yield layer_norm.forward(n, c, *KIND)
         yield layer_norm.backward(n, c, *KIND, residual=True)
-        yield transition.forward(n, c, 4 * c, *KIND, residual=True)
-        yield transition.backward(n, c, 4 * c, *KIND)
+        yield from transitions(n, c, 4 * c)
         shape = linear_update.Shape(1, n // 256, 256, shared=1)
         yield linear_update.forward(shape, c, c, *KIND, residual=True)
         yield linear_update.backward(shape, c, c, *KIND)
@@ -79,10 +83,23 @@ def launches() -> Iterator[Launch]:
     yield outer_product.project(outer, *KIND, residual=True)
     for kernel in (outer_product.gradient, outer_product.weights):
         yield kernel(outer, *KIND)
+    yield from transitions(4 * 65536, 64, 128)
+    yield from transitions(62500, 128, 512)
+    yield from transitions(1000, 384, 1536)
     yield rows.column_sums(256, 512, *KIND)
+    yield rows.two_column_sums((33, 512), (264, 384), KIND[0])
     yield optimizer.squares(93_000_000, KIND[1])
     yield optimizer.update(93_000_000, OptimizerConfig(), KIND[1])
     yield dropout.draw(programs=100, examples=1, total=100 * dropout.BLOCK)
+
+
+def transitions(n: int, c: int, f: int) -> Iterator[Launch]:
+    """The kernels of a transition, with and without gradient."""
+    yield transition.forward(n, c, f, *KIND, residual=True)
+    yield transition_layers.hidden(n, c, f, *KIND)
+    yield transition_layers.second(n, c, f, *KIND, residual=True)
+    yield transition_backward.mask(n, c, f, *KIND)
+    yield transition_backward.norm(n, c, *KIND, residual=True)
 
 
 def problems() -> Iterator[Problem]:

@@ -11,6 +11,7 @@ import torch
 from tests import kernel_checks, test_kernels_outer_product, test_kernels_update
 from tests.test_kernels_jax import check as check_jax
 from tests.test_kernels_rows import (
+    check_transition,
     layer_norm,
     norm_arrays,
     poisoned,  # noqa: F401, a fixture
@@ -53,7 +54,7 @@ def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_transition(shape: tuple[int, ...], f: int, dtype: torch.dtype) -> None:
-    kernel_checks.check(transition(residual=f != 128), transition_arrays(shape, f, seed=0), dtype)
+    check_transition(transition_arrays(shape, f, seed=0), f != 128, dtype)
 
 
 @pytest.mark.parametrize("outgoing", [True, False])

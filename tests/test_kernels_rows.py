@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from foldcore.kernels.launch import Launch
 from tests import kernel_checks
 from tests.kernel_checks import normal
-from torchfold import _triton, ops
+from torchfold import _rows, _triton, ops
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,21 @@ def transition_arrays(shape: tuple[int, ...], f: int, seed: int) -> dict[str, Te
     }
 
 
+def check_transition(
+    arrays: dict[str, Tensor], residual: bool, dtype: torch.dtype = torch.float32
+) -> None:
+    """Other kernels run where a gradient is wanted than where none is."""
+    kernel_checks.check(transition(residual), arrays, dtype)
+    given = {name: x.to(kernel_checks.DEVICE, dtype) for name, x in arrays.items()}
+    del given["seed"]
+    with torch.no_grad():
+        found = transition(residual)("triton", **given)
+    layers = transition(residual)("triton", **{k: x.requires_grad_() for k, x in given.items()})
+    error = kernel_checks.relative_error(found, layers.detach().double())
+    bound = 5e-6 if dtype == torch.float32 else 5e-3  # two roundings of the result
+    assert error < bound, f"without gradient: {error:.1e} of the norm"
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(
     ("shape", "f"),
@@ -80,9 +96,35 @@ def transition_arrays(shape: tuple[int, ...], f: int, seed: int) -> dict[str, Te
     ids=str,
 )
 def test_transition(shape: tuple[int, ...], f: int, residual: bool) -> None:
-    kernel_checks.check(transition(residual), transition_arrays(shape, f, seed=f))
+    check_transition(transition_arrays(shape, f, seed=f), residual)
+
+
+def test_transition_of_whole_tiles() -> None:
+    check_transition(transition_arrays((128, 32), 64, seed=4), residual=True)
 
 
 def test_transition_in_bfloat16() -> None:
-    arrays = transition_arrays((48, 32), 64, seed=3)
-    kernel_checks.check(transition(residual=True), arrays, torch.bfloat16)
+    check_transition(transition_arrays((48, 32), 64, seed=3), True, torch.bfloat16)
+
+
+def test_transition_saves_only_what_a_gradient_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
+        launched.append(launch.kernel.fn.__name__)
+        return _triton.call(launch, *inputs)
+
+    monkeypatch.setattr(_rows, "call", call)
+    arrays = {k: x.to(kernel_checks.DEVICE) for k, x in transition_arrays((5, 16), 32, 0).items()}
+    seed = arrays.pop("seed")
+    transition(True)("triton", **arrays)
+    arrays["x"].requires_grad_()
+    with torch.no_grad():
+        transition(True)("triton", **arrays)
+    assert launched == ["transition_forward_kernel"] * 2
+    y = transition(True)("triton", **arrays)
+    assert launched[-1] == "transition_second_kernel"
+    saved = y.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert sum(x.shape == (5, 32) for x in saved) == 1  # the hidden layer
+    y.backward(seed)
+    assert sum(x.shape == (5, 16) for x in saved) == 1  # of the rows, nothing but x

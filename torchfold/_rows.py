@@ -5,7 +5,8 @@ from torch import Tensor
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels.rows import column_sums
+from foldcore.kernels import transition_backward, transition_layers
+from foldcore.kernels.rows import column_sums, two_column_sums
 from torchfold._triton import architecture, call, dtype_name
 
 
@@ -82,7 +83,6 @@ class _NormResidual(torch.autograd.Function):
 # Transition ---------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("twinfold::transition", mutates_args=())
 def transition(
     x: Tensor,
     scale: Tensor,
@@ -94,6 +94,24 @@ def transition(
     residual: bool,
 ) -> Tensor:
     """The update of a transition, with ``residual`` added to x."""
+    inputs = x, scale, offset, weights1, bias1, weights2, bias2
+    if torch.is_grad_enabled() and any(array.requires_grad for array in inputs):
+        return _transition_saving(*inputs, residual)[0]
+    return _transition(*inputs, residual)
+
+
+@torch.library.custom_op("twinfold::transition", mutates_args=())
+def _transition(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> Tensor:
+    """In one pass: nothing is saved."""
     c, f = weights1.shape
     n, arch = x.numel() // c, architecture(x.device)
     launch = transition_kernels.forward(n, c, f, dtype_name(x), arch, residual)
@@ -101,7 +119,7 @@ def transition(
     return y.view(x.shape)
 
 
-@transition.register_fake
+@_transition.register_fake
 def _(
     x: Tensor,
     scale: Tensor,
@@ -115,6 +133,42 @@ def _(
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("twinfold::transition_saving", mutates_args=())
+def _transition_saving(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """Layer by layer; the hidden layer [n, f] is returned to be saved."""
+    c, f = weights1.shape
+    n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
+    (normalized,) = call(norm_kernels.forward(n, c, *kind), x, scale, offset)
+    (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
+    launch = transition_layers.second(n, c, f, *kind, residual)
+    (y,) = call(launch, hidden, weights2, bias2, x)
+    return y.view(x.shape), hidden
+
+
+@_transition_saving.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    weights1: Tensor,
+    bias1: Tensor,
+    weights2: Tensor,
+    bias2: Tensor,
+    residual: bool,
+) -> tuple[Tensor, Tensor]:
+    c, f = weights1.shape
+    return x.new_empty(x.shape), x.new_empty((x.numel() // c, f))
+
+
 @torch.library.custom_op("twinfold::transition_backward", mutates_args=())
 def _transition_backward(
     x: Tensor,
@@ -122,27 +176,21 @@ def _transition_backward(
     scale: Tensor,
     offset: Tensor,
     weights1: Tensor,
-    bias1: Tensor,
     weights2: Tensor,
+    hidden: Tensor,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by x, the weights, both biases end to end, scale and offset end to end."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by x, the weights, and all vectors end to end: biases, scale, offset."""
     c, f = weights1.shape
     n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
-    launch = transition_kernels.backward(n, c, f, *kind)
-    normalized, hidden, hidden_grad, sums = call(
-        launch, x, grad, scale, offset, weights1, bias1, weights2
-    )
+    hidden_grad, sums = call(transition_backward.mask(n, c, f, *kind), grad, hidden, weights2)
+    launch = transition_backward.norm(n, c, *kind, residual)
     normalized_grad = hidden_grad @ weights1.T
-    launch = norm_kernels.backward(n, c, *kind, residual)
-    x_grad, norm_sums = call(launch, x, scale, normalized_grad, grad)
+    x_grad, normalized, norm_sums = call(launch, x, scale, offset, normalized_grad, grad)
     weights = normalized.T @ hidden_grad, hidden.T @ grad.reshape(n, c)
-    return (
-        x_grad.view(x.shape),
-        *weights,
-        sum_columns(sums, bias1),
-        sum_columns(norm_sums, scale),
-    )
+    launch = two_column_sums(sums.shape, norm_sums.shape, dtype_name(scale))
+    (vectors,) = call(launch, sums, norm_sums)
+    return x_grad.view(x.shape), *weights, vectors
 
 
 @_transition_backward.register_fake
@@ -152,28 +200,27 @@ def _(
     scale: Tensor,
     offset: Tensor,
     weights1: Tensor,
-    bias1: Tensor,
     weights2: Tensor,
+    hidden: Tensor,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, f = weights1.shape
     weights = weights1.new_empty((c, f)), weights1.new_empty((f, c))
-    return x.new_empty(x.shape), *weights, bias1.new_empty(f + c), scale.new_empty(2 * c)
+    return x.new_empty(x.shape), *weights, scale.new_empty(f + 3 * c)
 
 
 def _save_transition(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *saved, _, ctx.residual = inputs
-    ctx.save_for_backward(*saved)
+    x, scale, offset, weights1, _, weights2, _, ctx.residual = inputs
+    ctx.set_materialize_grads(False)  # of the hidden layer, which has none
+    ctx.save_for_backward(x, scale, offset, weights1, weights2, output[1])
 
 
-def _transition_gradients(ctx, grad):  # type: ignore[no-untyped-def]
-    x, *parameters = ctx.saved_tensors
-    c, f = parameters[2].shape
-    x_grad, weights1, weights2, biases, norm = _transition_backward(
-        x, grad, *parameters, ctx.residual
-    )
-    bias1, bias2 = biases.split((f, c))
-    return x_grad, *norm.chunk(2), weights1, bias1, weights2, bias2, None
+def _transition_gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+    x, *saved = ctx.saved_tensors
+    c, f = saved[2].shape
+    x_grad, weights1, weights2, vectors = _transition_backward(x, grad, *saved, ctx.residual)
+    bias1, bias2, *norm = vectors.split((f, c, c, c))
+    return x_grad, *norm, weights1, bias1, weights2, bias2, None
 
 
-transition.register_autograd(_transition_gradients, setup_context=_save_transition)
+_transition_saving.register_autograd(_transition_gradients, setup_context=_save_transition)

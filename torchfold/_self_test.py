@@ -33,20 +33,21 @@ def _run_all(device: torch.device) -> None:
 
 @functools.singledispatch
 def _run(case: Any, implementation: str, device: torch.device) -> Mapping[str, Tensor]:
-    """Output and gradients for the same bfloat16 numbers, as kernels get them or in float32."""
+    """Outputs and gradients for the same bfloat16 numbers, as kernels get them or in float32."""
     dtype = torch.bfloat16 if implementation == "triton" else torch.float32
     arrays = {name: torch.from_numpy(x).to(device) for name, x in case.draw().items()}
     leaves = [name for name in arrays if name not in case.masks]
     for name in leaves:
         arrays[name] = arrays[name].bfloat16().to(dtype).requires_grad_()
+    call = functools.partial(getattr(ops, case.op), **case.options, implementation=implementation)
+    with torch.no_grad():
+        alone = call(*arrays.values())
     with torch.enable_grad():
-        output = getattr(ops, case.op)(
-            *arrays.values(), **case.options, implementation=implementation
-        )
+        output = call(*arrays.values())
         # not constant, for a constant gradient has none through a softmax
         loss = torch.sum(output.float() * torch.cos(torch.arange(output.shape[-1], device=device)))
         gradients = torch.autograd.grad(loss, [arrays[name] for name in leaves])
-    return {"the output": output.detach()} | {
+    return {"the output without gradient": alone, "the output": output.detach()} | {
         f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)
     }
 

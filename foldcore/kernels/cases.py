@@ -46,7 +46,7 @@ class Case:
         }
 
     def check(self, errors: Mapping[str, float]) -> None:
-        """Raise for the first array of (output, gradients) that is wrong."""
+        """Raise for the first array of (outputs, gradients) that is wrong."""
         where = f"{dict(self.shapes)} {dict(self.options)}"
         _check(self.op, errors, self.tolerance, where)
 
@@ -105,8 +105,10 @@ def _check(op: str, errors: Mapping[str, float], tolerance: float, where: str) -
 
 
 C, HIDDEN = 64, 128
+# so many rows that programs take several tiles in turn, none with an edge, as at a crop of 256
+ROWS = 40960
 _TRANSITION = {
-    "x": (300, C),
+    "x": (ROWS, C),
     "scale": (C,),
     "offset": (C,),
     "weights1": (C, HIDDEN),
@@ -114,8 +116,7 @@ _TRANSITION = {
     "weights2": (HIDDEN, C),
     "bias2": (C,),
 }
-# so many that programs take several tiles in turn, none with an edge, as at a crop of 256
-RESIDUES = 128
+RESIDUES = 128  # as well
 _TRIANGLE = {
     "pair": (1, RESIDUES, RESIDUES, C),
     "pair_mask": (1, RESIDUES, RESIDUES),

@@ -173,7 +173,42 @@ def column_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    column = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sum_columns(x_ptr, y_ptr, tl.program_id(0), N, M, BLOCK_N, BLOCK_M)
+
+
+@triton.jit
+def two_column_sums_kernel(
+    first_ptr,  # [n1, m1]
+    second_ptr,  # [n2, m2]
+    y_ptr,  # [m1 + m2]
+    N1: tl.constexpr,
+    M1: tl.constexpr,
+    N2: tl.constexpr,
+    M2: tl.constexpr,
+    BLOCK_N1: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    FIRST: tl.constexpr = (M1 + BLOCK_M - 1) // BLOCK_M
+    part = tl.program_id(0)
+    if part < FIRST:
+        sum_columns(first_ptr, y_ptr, part, N1, M1, BLOCK_N1, BLOCK_M)
+    else:
+        sum_columns(second_ptr, y_ptr + M1, part - FIRST, N2, M2, BLOCK_N2, BLOCK_M)
+
+
+@triton.jit
+def sum_columns(
+    x_ptr,
+    y_ptr,
+    part,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Sums of BLOCK_M columns of x [n, m] over all rows."""
+    column = part * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # loads of several tiles are on their way at once: a program has little else to wait for
@@ -195,5 +230,18 @@ def column_sums(n: int, m: int, dtype: str, architecture: int) -> Launch:
         grid=(cdiv(m, columns),),
         outputs=(Output((m,), dtype),),
         constants={"N": n, "M": m, "BLOCK_N": rows, "BLOCK_M": columns},
+        num_warps=4,
+    )
+
+
+def two_column_sums(first: tuple[int, ...], second: tuple[int, ...], dtype: str) -> Launch:
+    """x [n1, m1], y [n2, m2] float32 -> their sums over rows, end to end, [m1 + m2]."""
+    (n1, m1), (n2, m2), columns = first, second, 16
+    return Launch(
+        kernel=two_column_sums_kernel,
+        grid=(cdiv(m1, columns) + cdiv(m2, columns),),
+        outputs=(Output((m1 + m2,), dtype),),
+        constants={"N1": n1, "M1": m1, "N2": n2, "M2": m2, "BLOCK_M": columns}
+        | {"BLOCK_N1": min(128, block(n1)), "BLOCK_N2": min(128, block(n2))},
         num_warps=4,
     )
