@@ -1,7 +1,7 @@
 """A "run" of blank examples, which tests kill: ``python -m tests.loader_run FOLDER``.
 
-It takes batches as a trainer does, notes each step's examples in FOLDER/steps.jsonl, saves its
-state every few steps, and continues from there when it is started again.
+It takes batches as a trainer does, notes its start and each step's examples in FOLDER/steps.jsonl,
+saves its state every few steps, and continues from there when it is started again.
 """
 
 import json
@@ -24,6 +24,8 @@ def main(folder: Path) -> None:
     slow = {f"c{i}": draw.choice((0.0, 0.001, 0.003, 0.05)) for i in range(300)}
     preparer = Synthetic(300, slow=slow)
     config = DataConfig(workers=3 - world // 2, prefetch=2, reorder_window=20)
+    with (folder / "steps.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 0, "world": world}) + "\n")
     loaders = [
         Loader(preparer, config, batch_size=BATCH // world, rank=r, world=world, folder=folder)
         for r in range(world)
