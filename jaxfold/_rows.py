@@ -92,7 +92,7 @@ def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
     c, f = weights1.shape
     n, kind = x.size // c, (dtype_name(x), architecture())
     rows = x.reshape(n, c)
-    (normalized,) = call(norm_kernels.forward(n, c, *kind), rows, scale, offset)
+    normalized = layer_norm(rows, scale, offset)
     (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
     launch = transition_layers.second(n, c, f, *kind, residual)
     (y,) = call(launch, hidden, weights2, bias2, rows)

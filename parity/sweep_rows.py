@@ -23,7 +23,7 @@ from foldcore.kernels import (
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.layer_norm import Sizes
 from foldcore.kernels.rows import Tiles
-from foldcore.kernels.triangle_tiles import Turns
+from foldcore.kernels.turns import Turns
 from parity import sweep_triangle
 from parity.bench_rows import (
     NORMS,

@@ -11,7 +11,7 @@ from foldcore.kernels import (
     triangle_output_backward,
 )
 from foldcore.kernels.launch import Launch
-from foldcore.kernels.triangle_tiles import Turns
+from foldcore.kernels.turns import Turns
 from parity.bench_rows import Array, triangle_arrays
 
 KIND = ("bfloat16", 90)  # dtype and architecture

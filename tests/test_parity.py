@@ -69,8 +69,11 @@ def test_equal_tracks_pass(dtype: str) -> None:
 @pytest.mark.parametrize("share", [1e-8, -1e-8])
 @pytest.mark.parametrize("track", ["jax", "torch"])
 def test_a_track_that_is_off_in_float64_fails(track: str, share: float) -> None:
-    assert not judged(case(**{track: off_by(share)}), "float64").passed
-    assert judged(case(**{track: off_by(share / 100)}), "float64").passed
+    failed = judged(case(**{track: off_by(share)}), "float64")
+    assert not failed.passed
+    assert [row["name"] for row in failed.entry()["failed"]] == [failed.worst.name]
+    right = judged(case(**{track: off_by(share / 100)}), "float64")
+    assert right.passed and right.entry()["failed"] == []
 
 
 def test_both_tracks_off_in_the_same_way_fail_against_the_oracle() -> None:

@@ -147,7 +147,7 @@ def _transition_saving(
     """Layer by layer; the hidden layer [n, f] is returned to be saved."""
     c, f = weights1.shape
     n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
-    (normalized,) = call(norm_kernels.forward(n, c, *kind), x, scale, offset)
+    normalized = layer_norm(x, scale, offset)
     (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
     launch = transition_layers.second(n, c, f, *kind, residual)
     (y,) = call(launch, hidden, weights2, bias2, x)

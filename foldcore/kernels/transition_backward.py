@@ -26,7 +26,7 @@ from foldcore.kernels.rows import (
     store_tile,
 )
 from foldcore.kernels.transition_layers import choose_turns, count_groups, launch_groups
-from foldcore.kernels.triangle_tiles import Turns
+from foldcore.kernels.turns import Turns
 
 # channels up to -> sizes, of an H200
 MASK = {128: Turns(64, 128, 8, 1, 4), 256: Turns(64, 128, 8, 1, 3)}

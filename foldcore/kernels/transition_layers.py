@@ -23,8 +23,8 @@ from foldcore.kernels.rows import (
     product,
     store_tile,
 )
-from foldcore.kernels.triangle_tiles import MEASURED_CHANNELS, Turns, groups
-from foldcore.kernels.triangle_tiles import choose as choose_measured
+from foldcore.kernels.turns import MEASURED_CHANNELS, Turns, groups
+from foldcore.kernels.turns import choose as choose_measured
 
 # channels up to -> sizes, of an H200
 HIDDEN = {128: Turns(64, 128, 8, 2, 3), 256: Turns(64, 128, 8, 1, 4)}

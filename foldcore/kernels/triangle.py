@@ -16,16 +16,8 @@ import triton.language as tl
 
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import block, load_tile, load_vector, product, sigmoid, store_tile
-from foldcore.kernels.triangle_tiles import (
-    Turns,
-    choose,
-    groups,
-    launch_turns,
-    moments,
-    operand,
-    place,
-    store_vector,
-)
+from foldcore.kernels.triangle_tiles import launch_turns, moments, operand, place, store_vector
+from foldcore.kernels.turns import Turns, choose, groups
 
 # measured on an H200, 256 x 256 positions of 128 channels, bfloat16
 PROJECT = Turns(rows=64, columns=128, num_warps=8, programs=2, ahead=2)

@@ -25,15 +25,8 @@ from foldcore.kernels.rows import (
     store_tile,
 )
 from foldcore.kernels.triangle import output_sizes, output_weights
-from foldcore.kernels.triangle_tiles import (
-    Turns,
-    choose,
-    groups,
-    launch_turns,
-    operand,
-    place,
-    store_vector,
-)
+from foldcore.kernels.triangle_tiles import launch_turns, operand, place, store_vector
+from foldcore.kernels.turns import Turns, choose, groups
 
 # measured on an H200, 256 x 256 positions of 128 channels, bfloat16
 OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=2)
