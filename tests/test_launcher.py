@@ -96,6 +96,7 @@ def test_an_output_takes_the_place_of_a_donated_input(driver: Driver) -> None:
     program = jax.jit(lambda x: launch("in place", x, in_place={0: 0})[0], donate_argnums=0)
     x = jax.device_put(np.arange(SIZE, dtype=np.float32)) + 0  # memory of JAX's own, not numpy's
     place = x.unsafe_buffer_pointer()
+    assert "output_to_operand_aliasing" in program.lower(x).compile().as_text()
     result = program(x)
     assert result.unsafe_buffer_pointer() == place
     np.testing.assert_array_equal(result, array(start=1))
