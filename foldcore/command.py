@@ -32,6 +32,12 @@ USER_ERRORS = (
     NonFiniteError,
     WrongKernel,
 )
+# as PyTorch names its error, and XLA begins its message
+OUT_OF_MEMORY = ("OutOfMemoryError", "RESOURCE_EXHAUSTED")
+SAVE_MEMORY = (
+    "model.recompute=block needs a fraction of it; a smaller train.batch_size or data.crop_size, "
+    "and more GPUs for the same batch, need less as well"
+)
 
 
 def run_command(
@@ -43,7 +49,7 @@ def run_command(
     """Load the configuration and ``run(config, arguments)``; the exit status.
 
     Without arguments, or with ``--help``, ``usage`` and every key are printed. ``errors`` are those
-    of the track which a user can mend; they end with status 2.
+    of the track which a user can mend; they end with status 2, as a full memory does.
     """
     if not argv or {"-h", "--help"} & set(argv):
         print(f"{usage}\nEvery key with its default:\n\n{dumps(Config())}")
@@ -54,4 +60,10 @@ def run_command(
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        if any(name in words for name in OUT_OF_MEMORY):
+            print(f"error: out of memory: {SAVE_MEMORY}\n  ({words})", file=sys.stderr)
+            return 2
+        raise
     return 0

@@ -21,6 +21,7 @@ def configuration(path: str, overrides: Sequence[str]) -> Config:
     own = ["data.path=embedded", "data.workers=0", "data.accept_unknown=true", "train.batch_size=1"]
     own += ["model.matmul_precision=ieee", "train.cuda_graphs=false", "train.compile=none"]
     own += ["data.distillation_path=", "train.max_recycling_iters=3"]
+    own += ["model.recompute=block", "model.unroll=false"]  # float64 has to fit, and to compile
     return load(path, [*own, *overrides])
 
 

@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
+import jax
 import pytest
+import torch
 
 from foldcore.command import run_command
 from foldcore.config import Config
@@ -40,6 +42,26 @@ def test_what_a_user_can_mend_is_one_line(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err == "error: a.cif:7: cut short\n"
     assert run_command([str(tmp_path / "absent.toml")], "", pytest.fail) == 2
     assert "absent.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore."),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nMore."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_memory_says_what_needs_less(error: Exception, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+
+    def run(config: Config, command: str) -> None:
+        raise error
+
+    assert run_command([str(path)], "", run) == 2
+    out = capsys.readouterr().err
+    assert "model.recompute=block" in out and "llocat" in out and "More" not in out
 
 
 def test_any_other_error_keeps_its_traceback(tmp_path: Path) -> None:

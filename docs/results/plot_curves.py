@@ -1,9 +1,9 @@
 """Draw the loss terms of a run and its scores on held-out chains as one SVG picture.
 
-python docs/results/plot_curves.py RUN [RUN] --out PICTURE.svg [--mark STEP]
+python docs/results/plot_curves.py RUN [RUN ...] --out PICTURE.svg [--mark STEP]
 
-A RUN is a run folder or its metrics.jsonl; a second one is drawn over the first. A dashed line
-marks STEP, for example where the run was interrupted and resumed.
+A RUN is a run folder or its metrics.jsonl; others, up to four in all, are drawn over the first.
+A dashed line marks STEP, for example where the run was interrupted and resumed.
 """
 
 import argparse
@@ -16,9 +16,14 @@ from typing import NamedTuple
 WIDTH, HEIGHT, COLUMNS = 280, 190, 4  # of a panel, in pixels; panels in a row
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 28, 28  # margins of the axes in a panel
 LEGEND = 18  # pixels, for each run
-# of training batches and of held-out chains: of a run alone, or of two
+# of training batches and of held-out chains: of a run alone, or of several
 ALONE = (("#9aa7b8", "#c2410c"),)
-OVERLAID = (("#9fbce8", "#1d4f9e"), ("#f0a679", "#a83208"))
+OVERLAID = (
+    ("#9fbce8", "#1d4f9e"),
+    ("#f0a679", "#a83208"),
+    ("#8fcfa5", "#1b7a3d"),
+    ("#c3a5dd", "#6a2c9e"),
+)
 SCORES = {"eval/lddt_ca": "lDDT-Ca", "eval/gdt_ts": "GDT-TS", "eval/drmsd": "dRMSD (angstrom)"}
 Points = list[tuple[int, float]]
 Rows = list[dict[str, float]]
