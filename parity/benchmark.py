@@ -152,16 +152,17 @@ class _Run:
         forward, *both = (future.result() for future in self._programs[name])
         arrays = [to_numpy(x) for x in self.arrays.values()]
         grad = [] if self._grad is None else [to_numpy(self._grad)]
-        sets = [[jax.device_put(x) for x in (*grad, *arrays)] for _ in range(SETS)]
-        results = both[0](*sets[0]) if both else forward(*sets[0])
-        errors = self._errors(self._named([_to_torch(x) for x in jax.tree.leaves(results)]))
+        sets = [tuple(jax.device_put(x) for x in (*grad, *arrays)) for _ in range(SETS)]
+        given = [x[len(grad) :] for x in sets]
         if self._benchmark.replaced:
-            return {"errors": errors, "forward_ms": self._in_place_ms(forward, sets[1])}
-        found = {
-            "errors": errors,
-            "forward_ms": _queued_ms(forward, [x[len(grad) :] for x in sets]),
-        }
+            errors = self._errors_of(forward(*sets[0]))
+            return {"errors": errors, "forward_ms": self._in_place_ms(forward, list(sets[1]))}
+        first, *_ = both[0](*sets) if both else forward(*given)
+        found = {"errors": self._errors_of(first), "forward_ms": _queued_ms(forward, given)}
         return found | ({"both_ms": _queued_ms(both[0], sets)} if both else {})
+
+    def _errors_of(self, results: Any) -> dict[str, float]:
+        return self._errors(self._named([_to_torch(x) for x in jax.tree.leaves(results)]))
 
     def _in_place_ms(self, program: Any, arrays: list[Any]) -> float:
         """The results of a call are the replaced arrays of the next."""
@@ -227,11 +228,16 @@ class _Run:
             version(*self._own().values())
 
     def _lower(self, version: Version) -> list[Any]:
-        """The programs of the forward pass and, where there is one, of both."""
+        """The programs of the forward pass and, where there is one, of both.
+
+        They compute with one set of arrays after another, so that starting a program counts little;
+        where a call replaces its arrays, with one.
+        """
         names = list(self.arrays)
-        shapes = [jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for x in self.arrays.values()]
-        replaced = [names.index(name) for name in self._benchmark.replaced]
-        programs = [jax.jit(version, donate_argnums=replaced).lower(*shapes)]
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for x in self.arrays.values())
+        if replaced := [names.index(name) for name in self._benchmark.replaced]:
+            return [jax.jit(version, donate_argnums=replaced).lower(*shapes)]
+        programs = [_with_each(version).lower(*[shapes] * SETS)]
         if self._grad is None:
             return programs
         wanted = [names.index(name) for name in self._benchmark.differentiable]
@@ -247,7 +253,7 @@ class _Run:
             return (output, *backward(grad))
 
         grad = jax.ShapeDtypeStruct(self._grad.shape, _jax_dtype(self._grad))
-        return [*programs, jax.jit(both).lower(grad, *shapes)]
+        return [*programs, _with_each(both).lower(*[(grad, *shapes)] * SETS)]
 
 
 def compile_kernels(benchmarks: Iterable[Benchmark]) -> None:
@@ -260,13 +266,18 @@ def compile_kernels(benchmarks: Iterable[Benchmark]) -> None:
     _try(compile_ahead, run)
 
 
-def _queued_ms(program: Any, sets: list[list[Any]]) -> float:
-    """Of one call; short ones wait in a longer line, behind which their start is hidden."""
-    jax.block_until_ready(program(*sets[0]))
+def _with_each(function: Callable[..., Any]) -> Any:
+    """A program that computes with one set of arrays after another."""
+    return jax.jit(lambda *sets: [function(*arrays) for arrays in sets])
+
+
+def _queued_ms(program: Any, sets: list[tuple[Any, ...]]) -> float:
+    """With one set; short programs wait in a longer line, behind which their start is hidden."""
+    jax.block_until_ready(program(*sets))
     start = time.perf_counter()
-    jax.block_until_ready(program(*sets[1]))
+    jax.block_until_ready(program(*sets))
     short = time.perf_counter() - start < SHORT
-    return jax_ms(program, [tuple(x) for x in sets] * (QUEUED if short else 1))
+    return jax_ms(program, [tuple(sets)] * (QUEUED if short else 1)) / len(sets)
 
 
 def relative_errors(found: Arrays, expected: Arrays) -> dict[str, float]:
