@@ -64,9 +64,9 @@ def _forward(
     b, i, j, c = pair.shape
     h = parameters[2].shape[1]
     kind = dtype_name(pair), architecture()
-    folded = call(triangle_fold.forward(c, h, kind[0]), *parameters)
+    *folded, rstd = call(triangle_fold.forward(b, i * j, c, h, kind[0]), pair, *parameters)
     launch = triangle.project(b, i * j, c, h, *kind)
-    left, right, rstd = call(launch, pair, mask.astype(jnp.float32), *folded[:2])
+    left, right = call(launch, pair, mask.astype(jnp.float32), rstd, *folded[:2])
     left, right = left.reshape(b, h, i, j), right.reshape(b, h, i, j)
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)

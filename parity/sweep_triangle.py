@@ -19,7 +19,7 @@ SHAPE = tuple[int, int, int, int]  # examples, residues, channels of pairs and o
 # positions, channels, warps, programs on a multiprocessor, tiles on chip
 TURNS = [
     Turns(*sizes)
-    for sizes in itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3), (1, 2, 3))
+    for sizes in itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3), (1, 2, 3, 4))
     if sizes[0] * sizes[1] <= 1024 * sizes[2]  # registers
 ]
 
@@ -35,7 +35,7 @@ def _square(shape: SHAPE) -> tuple[int, tuple[int, int], int, int, str, int]:
 
 
 LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
-    "triangle fold": lambda s, _: triangle_fold.forward(s[2], s[3], KIND[0]),
+    "triangle fold": lambda s, _: triangle_fold.forward(*_flat(s)[:5]),
     "triangle project": lambda s, t: triangle.project(*_flat(s), turns=t),
     "triangle output": lambda s, t: triangle.output(*_square(s), True, True, turns=t),
     "triangle output backward": lambda s, t: triangle_output_backward.output(
@@ -64,8 +64,8 @@ def inputs(kernel: str, shape: SHAPE) -> list[Array]:
     output: list[Array] = [("weights", (h, c)), ("mask", (c,))]
     moments: list[Array] = [*folded[:1], *output[:1], ("mask", (4 * h,)), ("mask", (2 * c,))]
     return {
-        "triangle fold": w,
-        "triangle project": [pair, mask, *folded],
+        "triangle fold": [pair, *w],
+        "triangle project": [pair, mask, number, *folded],
         "triangle output": [hidden, pair, factor, number, *folded, *output],
         "triangle output backward": [
             *(pair, hidden, pair, factor, number, number),

@@ -71,7 +71,7 @@ def launches() -> Iterator[Launch]:
         yield linear_update.backward(shape, c, c, *KIND)
     for b, c, residues in ((1, 128, 256), (4, 64, 256), (1, 128, 250)):
         pairs = residues * residues
-        yield triangle_fold.forward(c, c, KIND[0])
+        yield triangle_fold.forward(b, pairs, c, c, KIND[0])
         yield triangle.project(b, pairs, c, c, *KIND)
         yield triangle.output(b, (residues, residues), c, c, *KIND, has_factor=True, residual=True)
         yield triangle_output_backward.output(b, (residues, residues), c, c, *KIND, has_factor=True)

@@ -55,9 +55,9 @@ def _forward(
     b, i, j, c = pair.shape
     h = parameters[2].shape[1]
     kind = dtype_name(pair), architecture(pair.device)
-    folded = call(triangle_fold.forward(c, h, kind[0]), *parameters)
+    *folded, rstd = call(triangle_fold.forward(b, i * j, c, h, kind[0]), pair, *parameters)
     launch = triangle.project(b, i * j, c, h, *kind)
-    left, right, rstd = call(launch, pair, mask.float(), *folded[:2])
+    left, right = call(launch, pair, mask.float(), rstd, *folded[:2])
     left, right = left.view(b, h, i, j), right.view(b, h, i, j)
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)

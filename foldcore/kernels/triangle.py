@@ -3,7 +3,8 @@
 Before the product: LayerNorm and the gated projections, left and right, in one pass. Both are
 written channel first, [b h p] with p counting the positions (i, j), so that the product is a plain
 batched matrix product over b h. After it: LayerNorm of the product's channels, projection, gate,
-dropout and residual in one pass. Both kernels take folded weights: see ``triangle_fold``.
+dropout and residual in one pass, in which a program keeps to some j, and their factors of dropout
+on chip. Both kernels take folded weights: see ``triangle_fold``.
 
 Legend: p = i j positions of an example, n = b p, c channels of pairs, h channels of the product,
 w = 4 h + c columns of folded weights.
@@ -15,24 +16,31 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.launch import Launch, Output, cdiv
-from foldcore.kernels.rows import block, load_tile, load_vector, product, sigmoid, store_tile
-from foldcore.kernels.triangle_tiles import launch_turns, moments, operand, place, store_vector
+from foldcore.kernels.rows import block, load_tile, load_vector, product, store_tile
+from foldcore.kernels.triangle_tiles import (
+    launch_turns,
+    moments,
+    operand,
+    place,
+    scaled_sigmoid,
+    store_vector,
+)
 from foldcore.kernels.turns import Turns, choose, groups
 
 # measured on an H200, 256 x 256 positions of 128 channels, bfloat16
-PROJECT = Turns(rows=64, columns=128, num_warps=8, programs=2, ahead=2)
-OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=3)
+PROJECT = Turns(rows=32, columns=64, num_warps=4, programs=3, ahead=3)
+OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=4)
 
 
 @triton.jit
 def triangle_project_kernel(
     pair_ptr,  # [b, p, c]
     mask_ptr,  # [b, p] float32
+    rstd_ptr,  # [b, p]: 1 / standard deviation of the pair's channels
     folded_ptr,  # [c, w]
     folded_bias_ptr,  # [w] float32
     left_ptr,  # [b, h, p]
     right_ptr,  # [b, h, p]
-    rstd_ptr,  # [b, p]: 1 / standard deviation of the pair's channels
     B: tl.constexpr,
     P: tl.constexpr,
     C: tl.constexpr,
@@ -57,20 +65,16 @@ def triangle_project_kernel(
     channel = tl.arange(0, BLOCK_C)[None, :]
     some = tl.arange(0, BLOCK_H)[:, None]
     for tile in tl.range(tl.program_id(2), TILES, tl.num_programs(2), num_stages=AHEAD):
-        example, _, start, left = place(tile, 1, P, BLOCK_P)
+        example, start, left = place(tile, P, BLOCK_P)
         first = example * P + start
         x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
         mask = load_vector(mask_ptr + first, row, left, WHOLE)[None, :]
-        _, rstd = moments(x, channel < C, C, 1)
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            store_vector(rstd_ptr + first, rstd, row, left, WHOLE)
-        rstd = rstd[None, :]
+        rstd = load_vector(rstd_ptr + first, row, left, WHOLE)[None, :]
         x = tl.trans(operand(x, channel < C, C, 1))
         value = product(value_weights, x) * rstd + value_bias
-        gate = product(gate_weights, x) * rstd + gate_bias
+        gate = scaled_sigmoid(product(gate_weights, x), rstd, gate_bias)
         at = out_ptr + example * H * P + first_channel * P + start
-        gated = value * sigmoid(gate) * mask
-        store_tile(at, gated, channels, left, some, row[None, :], P, 1, WHOLE)
+        store_tile(at, value * gate * mask, channels, left, some, row[None, :], P, 1, WHOLE)
 
 
 @triton.jit
@@ -119,7 +123,6 @@ def triangle_output_kernel(
     H: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    TILES: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -127,27 +130,23 @@ def triangle_output_kernel(
     BLOCK_O: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Programs: group of tiles, some of the channels. The positions of a tile have one i."""
+    """Programs: group of i, some of the channels, block of an example's j."""
     P: tl.constexpr = I * J
+    example, j, left = place(tl.program_id(2), J, BLOCK_P)
     c = tl.program_id(1) * BLOCK_O
     row = tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)[None, :]
     hidden = tl.arange(0, BLOCK_H)[:, None]
     some = tl.arange(0, BLOCK_O)[None, :]
+    folded_ptrs = folded_ptr, folded_bias_ptr, output_folded_ptr, output_folded_bias_ptr
     update_weights, gate_weights, update_bias, gate_bias = output_weights(
-        folded_ptr,
-        folded_bias_ptr,
-        output_folded_ptr,
-        output_folded_bias_ptr,
-        C,
-        H,
-        WHOLE,
-        BLOCK_C,
-        BLOCK_H,
-        BLOCK_O,
+        folded_ptrs, C, H, WHOLE, BLOCK_C, BLOCK_H, BLOCK_O
     )
-    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), num_stages=AHEAD):
-        example, j, start, left = place(tile, I, J, BLOCK_P)
+    if HAS_FACTOR:
+        factors_ptr = factor_ptr + (example * J + j) * C + c
+        factor = load_tile(factors_ptr, left, C - c, row[:, None], some, C, 1, WHOLE)
+    for i in tl.range(tl.program_id(0), I, tl.num_programs(0), num_stages=AHEAD):
+        start = i * J + j
         first = example * P + start
         x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
         at = product_ptr + example * H * P + start
@@ -160,10 +159,9 @@ def triangle_output_kernel(
         gate = product(operand(x, channel < C, C, 1), gate_weights)
         update = product(tl.trans(operand(z, hidden < H, H, 0)), update_weights)
         update = update * center_rstd[:, None] + update_bias
-        update *= sigmoid(gate * rstd[:, None] + gate_bias)
+        update *= scaled_sigmoid(gate, rstd[:, None], gate_bias)
         if HAS_FACTOR:
-            at = factor_ptr + (example * J + j) * C + c
-            update *= load_tile(at, left, C - c, row[:, None], some, C, 1, WHOLE)
+            update *= factor
         if RESIDUAL:
             if BLOCK_O == BLOCK_C:
                 update += x.to(tl.float32)
@@ -175,10 +173,7 @@ def triangle_output_kernel(
 
 @triton.jit
 def output_weights(
-    folded_ptr,
-    folded_bias_ptr,
-    output_folded_ptr,
-    output_folded_bias_ptr,
+    folded_ptrs,  # weights and biases of what comes from the pair, and of the output
     C: tl.constexpr,
     H: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -187,6 +182,7 @@ def output_weights(
     BLOCK_O: tl.constexpr,
 ):
     """Of the program's channels: weights of update and gate [h or c, o], biases [1, o]."""
+    folded_ptr, folded_bias_ptr, output_folded_ptr, output_folded_bias_ptr = folded_ptrs
     W: tl.constexpr = 4 * H + C
     start = tl.program_id(1) * BLOCK_O
     channels = C - start
@@ -203,7 +199,7 @@ def output_weights(
 def project(
     b: int, p: int, c: int, h: int, dtype: str, architecture: int, turns: Turns | None = None
 ) -> Launch:
-    """(pair, mask, folded weights, bias) -> left, right [b, h, p], rstd [b, p]."""
+    """(pair, mask, rstd, folded weights, bias) -> left, right [b, h, p]."""
     turns = turns or choose(PROJECT, max(c, h), dtype, architecture)
     columns = min(turns.columns, block(h))
     parts, tiles = cdiv(h, columns), b * cdiv(p, turns.rows)
@@ -211,8 +207,7 @@ def project(
     blocks = {"BLOCK_C": block(c), "BLOCK_H": columns}
     whole = {"WHOLE": p % turns.rows == 0 and c == block(c) and h % columns == 0}
     grid = 2, parts, groups(tiles, turns, 2 * parts, architecture)
-    gated = Output((b, h, p), dtype)
-    outputs = gated, gated, Output((b, p), "float32")
+    outputs = (Output((b, h, p), dtype),) * 2
     return launch_turns(triangle_project_kernel, grid, outputs, sizes | blocks | whole, turns)
 
 
@@ -239,12 +234,12 @@ def output(
 
 def output_sizes(
     b: int, shape: tuple[int, int], c: int, h: int, turns: Turns, architecture: int
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Constants and grid of a kernel whose tiles have one i each."""
+) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Constants and grid of a kernel whose programs keep to one block of j, and to its factors."""
     i, j = shape
     columns = min(turns.columns, block(c))
-    parts, tiles = cdiv(c, columns), b * i * cdiv(j, turns.rows)
+    parts, tiles = cdiv(c, columns), b * cdiv(j, turns.rows)
     whole = j % turns.rows == 0 and c % columns == 0 and c == block(c) and h == block(h)
-    sizes = {"B": b, "I": i, "J": j, "C": c, "H": h, "TILES": tiles, "WHOLE": whole}
+    sizes = {"B": b, "I": i, "J": j, "C": c, "H": h, "WHOLE": whole}
     blocks = {"BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_O": columns}
-    return sizes | blocks, (groups(tiles, turns, parts, architecture), parts)
+    return sizes | blocks, (groups(i, turns, parts * tiles, architecture), parts, tiles)

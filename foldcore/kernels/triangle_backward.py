@@ -16,17 +16,16 @@ from foldcore.kernels.rows import (
     load_tile,
     load_vector,
     product,
-    sigmoid,
     standardize,
     standardize_backward,
     store_tile,
 )
 from foldcore.kernels.triangle import gated_weights
-from foldcore.kernels.triangle_tiles import launch_turns, operand, place
+from foldcore.kernels.triangle_tiles import launch_turns, operand, place, scaled_sigmoid
 from foldcore.kernels.turns import Turns, choose, groups
 
 # measured on an H200, 256 x 256 positions of 128 channels, bfloat16
-PROJECT = Turns(rows=32, columns=128, num_warps=8, programs=1, ahead=3)
+PROJECT = Turns(rows=32, columns=128, num_warps=8, programs=2, ahead=3)
 NORM_ELEMENTS, NORM_WARPS = 2048, 8  # of a tile
 
 
@@ -71,7 +70,7 @@ def triangle_project_backward_kernel(
     value_sums = tl.zeros([BLOCK_H], tl.float32)
     gate_sums = tl.zeros([BLOCK_H], tl.float32)
     for tile in tl.range(tl.program_id(2), TILES, tl.num_programs(2), num_stages=AHEAD):
-        example, _, start, left = place(tile, 1, P, BLOCK_P)
+        example, start, left = place(tile, P, BLOCK_P)
         first = example * P + start
         x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
         mask = load_vector(mask_ptr + first, row, left, WHOLE)[None, :]
@@ -80,7 +79,7 @@ def triangle_project_backward_kernel(
         at = dgated_ptr + example * H * P + first_channel * P + start
         dgated = load_tile(at, channels, left, some, row[None, :], P, 1, WHOLE)
         value = product(value_weights, x) * rstd + value_bias
-        gate = sigmoid(product(gate_weights, x) * rstd + gate_bias)
+        gate = scaled_sigmoid(product(gate_weights, x), rstd, gate_bias)
         dvalue = dgated.to(tl.float32) * gate * mask
         dgate = dvalue * value * (1.0 - gate)
         value_sums += tl.sum(dvalue, 1)

@@ -7,15 +7,15 @@ columns,
     LN(x) W + b = rstd (x - mean) (S W) + (offset W + b) = rstd (x W') + b'
 
 for a row less its mean, times any matrix, is the row times that matrix less the means of its
-columns. W' and b' are computed once a call; then the kernels need no normalised rows. Rounding W'
-to bfloat16 is one more rounding of the weights, in place of one of the normalised rows. Backward
-they sum ``M = normal^T dy``, with the standardised rows ``normal = (x - mean) rstd``, and ``s = sum
-of dy``, from which follow
+columns. W' and b' are computed once a call, and beside them rstd of the pair's rows; then the
+kernels need no normalised rows. Rounding W' to bfloat16 is one more rounding of the weights, in
+place of one of the normalised rows. Backward they sum ``M = normal^T dy``, with the standardised
+rows ``normal = (x - mean) rstd``, and ``s = sum of dy``, from which follow
 
     dW = S M + offset s^T    dscale = sum over columns of M W    doffset = W s
 
-Legend: c channels of pairs, h channels of the product, w = 4 h + c: of left, left gate, right,
-right gate, gating, side by side.
+Legend: n = b p rows of the pair, c channels of pairs, h channels of the product, w = 4 h + c: of
+left, left gate, right, right gate, gating, side by side.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,11 @@ import triton.language as tl
 
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import block, load_tile, load_vector, store_tile
+from foldcore.kernels.triangle_tiles import moments, store_vector
 
 Array = TypeVar("Array")
-BLOCK = 16  # columns, or rows, of a program
+BLOCK = 16  # columns, or rows, of weights that a program has
+ROWS = 32  # of the pair
 # which of the 16 parameters are matrices, which vectors, and which ``backward`` takes
 WEIGHTS = (2, 4, 6, 8, 12, 14)
 VECTORS = (0, 1, 3, 5, 7, 9, 10, 11, 13, 15)
@@ -37,6 +39,7 @@ WITHOUT_BIASES = (0, 1, 2, 4, 6, 8, 10, 11, 12, 14)
 
 @triton.jit
 def triangle_fold_kernel(
+    pair_ptr,  # [n, c]
     norm_scale_ptr,  # [c]
     norm_offset_ptr,
     left_ptr,  # [c, h] and its bias [h], as are the three that follow
@@ -57,35 +60,44 @@ def triangle_fold_kernel(
     bias_ptr,  # [w] float32
     output_folded_ptr,  # [h, c]
     output_folded_bias_ptr,  # [c] float32
+    rstd_ptr,  # [n]: 1 / standard deviation of the pair's channels
+    N: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """A program for some columns of each of the six weights."""
+    """Programs: PARTS for the columns of each of the six weights, then one for some of the rows."""
     W: tl.constexpr = 4 * H + C
     norm = norm_scale_ptr, norm_offset_ptr
-    which = tl.program_id(1)
+    which = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
     if which == 0:
         to = folded_ptr, bias_ptr
-        fold(left_ptr, left_bias_ptr, norm, to, C, H, W, BLOCK_C, BLOCK_N)
+        fold(left_ptr, left_bias_ptr, norm, to, part, C, H, W, BLOCK_C, BLOCK_K)
     elif which == 1:
         to = folded_ptr + H, bias_ptr + H
-        fold(left_gate_ptr, left_gate_bias_ptr, norm, to, C, H, W, BLOCK_C, BLOCK_N)
+        fold(left_gate_ptr, left_gate_bias_ptr, norm, to, part, C, H, W, BLOCK_C, BLOCK_K)
     elif which == 2:
         to = folded_ptr + 2 * H, bias_ptr + 2 * H
-        fold(right_ptr, right_bias_ptr, norm, to, C, H, W, BLOCK_C, BLOCK_N)
+        fold(right_ptr, right_bias_ptr, norm, to, part, C, H, W, BLOCK_C, BLOCK_K)
     elif which == 3:
         to = folded_ptr + 3 * H, bias_ptr + 3 * H
-        fold(right_gate_ptr, right_gate_bias_ptr, norm, to, C, H, W, BLOCK_C, BLOCK_N)
+        fold(right_gate_ptr, right_gate_bias_ptr, norm, to, part, C, H, W, BLOCK_C, BLOCK_K)
     elif which == 4:
         to = folded_ptr + 4 * H, bias_ptr + 4 * H
-        fold(gating_ptr, gating_bias_ptr, norm, to, C, C, W, BLOCK_C, BLOCK_N)
-    else:
+        fold(gating_ptr, gating_bias_ptr, norm, to, part, C, C, W, BLOCK_C, BLOCK_K)
+    elif which == 5:
         norm = center_scale_ptr, center_offset_ptr
         to = output_folded_ptr, output_folded_bias_ptr
-        fold(output_ptr, output_bias_ptr, norm, to, H, C, C, BLOCK_H, BLOCK_N)
+        fold(output_ptr, output_bias_ptr, norm, to, part, H, C, C, BLOCK_H, BLOCK_K)
+    else:
+        start = tl.cast(tl.program_id(0) - 6 * PARTS, tl.int64) * BLOCK_N
+        store_rstd(pair_ptr + start * C, rstd_ptr + start, N - start, C, WHOLE, BLOCK_N, BLOCK_C)
 
 
 @triton.jit
@@ -94,14 +106,15 @@ def fold(
     bias_ptr,  # [N]
     norm_ptrs,  # scale and offset, [K]
     to_ptrs,  # folded weights, as columns of [K, STEP], and bias [N]
+    part,
     K: tl.constexpr,
     N: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """W' and b' of the program's columns."""
-    start = tl.program_id(0) * BLOCK_N
+    """W' and b' of some columns."""
+    start = part * BLOCK_N
     index, place = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     row, column = place[:, None], index[None, :]
     weights = load_tile(weights_ptr + start, K, N - start, row, column, N, 1).to(tl.float32)
@@ -111,6 +124,24 @@ def fold(
     bias = load_vector(bias_ptr + start, index, N - start)
     bias += tl.sum(weights * load_vector(norm_ptrs[1], place, K)[:, None], 0)
     tl.store(to_ptrs[1] + start + index, bias, mask=index < N - start)
+
+
+@triton.jit
+def store_rstd(
+    rows_ptr,  # [left, C]
+    rstd_ptr,  # [left]
+    left,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """1 / standard deviation of some rows."""
+    row = tl.arange(0, BLOCK_N)
+    channel = tl.arange(0, BLOCK_C)[None, :]
+    x = load_tile(rows_ptr, left, C, row[:, None], channel, C, 1, WHOLE)
+    _, rstd = moments(x, channel < C, C, 1)
+    store_vector(rstd_ptr, rstd, row, left, WHOLE)
 
 
 @triton.jit
@@ -207,16 +238,19 @@ def copy_sums(sums_ptr, to_ptr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K
         tl.store(to, vector.to(to_ptr.dtype.element_ty), mask=index < SIZE)
 
 
-def forward(c: int, h: int, dtype: str) -> Launch:
-    """All parameters in their order -> folded weights [c, w], bias [w]; those of the output."""
-    w = 4 * h + c
+def forward(b: int, p: int, c: int, h: int, dtype: str) -> Launch:
+    """(pair, all parameters in their order) -> folded weights [c, w], bias [w]; those of the
+    output; 1 / standard deviation of the pair's rows [b, p]."""
+    n, w, parts = b * p, 4 * h + c, cdiv(max(c, h), BLOCK)
     weights = Output((c, w), dtype), Output((w,), "float32")
     output = Output((h, c), dtype), Output((c,), "float32")
+    sizes = {"N": n, "C": c, "H": h, "PARTS": parts, "WHOLE": n % ROWS == 0 and c == block(c)}
+    blocks = {"BLOCK_N": ROWS, "BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_K": BLOCK}
     return Launch(
         kernel=triangle_fold_kernel,
-        grid=(cdiv(max(c, h), BLOCK), 6),
-        outputs=(*weights, *output),
-        constants={"C": c, "H": h, "BLOCK_C": block(c), "BLOCK_H": block(h), "BLOCK_N": BLOCK},
+        grid=(6 * parts + cdiv(n, ROWS),),
+        outputs=(*weights, *output, Output((b, p), "float32")),
+        constants=sizes | blocks,
         num_stages=1,
     )
 

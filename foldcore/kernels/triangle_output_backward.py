@@ -21,15 +21,20 @@ from foldcore.kernels.rows import (
     load_tile,
     load_vector,
     product,
-    sigmoid,
     store_tile,
 )
 from foldcore.kernels.triangle import output_sizes, output_weights
-from foldcore.kernels.triangle_tiles import launch_turns, operand, place, store_vector
+from foldcore.kernels.triangle_tiles import (
+    launch_turns,
+    operand,
+    place,
+    scaled_sigmoid,
+    store_vector,
+)
 from foldcore.kernels.turns import Turns, choose, groups
 
 # measured on an H200, 256 x 256 positions of 128 channels, bfloat16
-OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=2)
+OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=3)
 CENTER = Turns(rows=32, columns=128, num_warps=8, programs=2, ahead=3)
 
 
@@ -55,7 +60,6 @@ def triangle_output_backward_kernel(
     C: tl.constexpr,
     H: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
-    TILES: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -63,57 +67,51 @@ def triangle_output_backward_kernel(
     BLOCK_O: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Programs: group of tiles, some of the channels. The positions of a tile have one i."""
+    """Programs: group of i, some of the channels, block of an example's j."""
     P: tl.constexpr = I * J
     N: tl.constexpr = B * P
+    example, j, left = place(tl.program_id(2), J, BLOCK_P)
     c = tl.program_id(1) * BLOCK_O
     row = tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)[None, :]
     hidden = tl.arange(0, BLOCK_H)[:, None]
     some = tl.arange(0, BLOCK_O)[None, :]
+    folded_ptrs = folded_ptr, folded_bias_ptr, output_folded_ptr, output_folded_bias_ptr
     update_weights, gate_weights, update_bias, gate_bias = output_weights(
-        folded_ptr,
-        folded_bias_ptr,
-        output_folded_ptr,
-        output_folded_bias_ptr,
-        C,
-        H,
-        WHOLE,
-        BLOCK_C,
-        BLOCK_H,
-        BLOCK_O,
+        folded_ptrs, C, H, WHOLE, BLOCK_C, BLOCK_H, BLOCK_O
     )
     update_sums = tl.zeros([BLOCK_P // 16, 8, BLOCK_O], tl.float32)
     gate_sums = tl.zeros([BLOCK_P // 16, 8, BLOCK_O], tl.float32)
-    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), num_stages=AHEAD):
-        example, j, start, left = place(tile, I, J, BLOCK_P)
+    if HAS_FACTOR:
+        factors_ptr = factor_ptr + (example * J + j) * C + c
+        factor = load_tile(factors_ptr, left, C - c, row[:, None], some, C, 1, WHOLE)
+    for i in tl.range(tl.program_id(0), I, tl.num_programs(0), num_stages=AHEAD):
+        start = i * J + j
         first = example * P + start
         x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
         at = product_ptr + example * H * P + start
         z = load_tile(at, H, left, hidden, row[None, :], P, 1, WHOLE)
-        shift = first * C + c
-        dout = load_tile(dout_ptr + shift, left, C - c, row[:, None], some, C, 1, WHOLE)
+        dout = load_tile(dout_ptr + first * C + c, left, C - c, row[:, None], some, C, 1, WHOLE)
         rstd = load_vector(rstd_ptr + first, row, left, WHOLE)
         center_rstd = load_vector(center_rstd_ptr + first, row, left, WHOLE)
         gate = product(operand(x, channel < C, C, 1), gate_weights)
         update = product(tl.trans(operand(z, hidden < H, H, 0)), update_weights)
         update *= center_rstd[:, None]
         if HAS_FACTOR:
-            at = factor_ptr + (example * J + j) * C + c
-            dout *= load_tile(at, left, C - c, row[:, None], some, C, 1, WHOLE)
-        gate = sigmoid(gate * rstd[:, None] + gate_bias)
+            dout *= factor
+        gate = scaled_sigmoid(gate, rstd[:, None], gate_bias)
         dupdate = dout * gate
         slope = tl.sum(dupdate * update, 1) / H
         dgate = dupdate * (update + update_bias) * (1.0 - gate)
         update_sums += sum_rows(dupdate)
         gate_sums += sum_rows(dgate)
         store_vector(slope_ptr + tl.program_id(1) * N + first, slope, row, left, WHOLE)
-        store_tile(dupdate_ptr + shift, dupdate, left, C - c, row[:, None], some, C, 1, WHOLE)
+        at = dupdate_ptr + first * C + c
+        store_tile(at, dupdate, left, C - c, row[:, None], some, C, 1, WHOLE)
         at = dprojected_ptr + tl.cast(4 * H + c, tl.int64) * N + first
         store_tile(at, dgate, left, C - c, row[:, None], some, 1, N, WHOLE)
-    sums = sums_ptr + tl.program_id(0) * (2 * C) + c
-    store_sums(sums, update_sums, C - c)
-    store_sums(sums + C, gate_sums, C - c)
+    store_sums(sums_ptr + c, update_sums, C - c, 2 * C)
+    store_sums(sums_ptr + C + c, gate_sums, C - c, 2 * C)
 
 
 @triton.jit
@@ -125,12 +123,13 @@ def sum_rows(x):
 
 
 @triton.jit
-def store_sums(to_ptr, partial, left):
-    """What is left to add of sums over rows."""
+def store_sums(to_ptr, partial, left, STEP: tl.constexpr):
+    """What is left to add of sums over rows; into the row of the program's group."""
     COLUMNS: tl.constexpr = partial.shape[2]
     index = tl.arange(0, COLUMNS)
     sums = tl.sum(tl.reshape(partial, [partial.shape[0] * 8, COLUMNS]), 0)
-    tl.store(to_ptr + index, sums, mask=index < left)
+    group = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(to_ptr + group * STEP + index, sums, mask=index < left)
 
 
 @triton.jit
@@ -165,7 +164,7 @@ def triangle_center_backward_kernel(
     at = output_folded_ptr + h * C
     weights = load_tile(at, H - h, C, hidden, channel, C, 1, WHOLE)
     for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), num_stages=AHEAD):
-        example, _, start, left = place(tile, 1, P, BLOCK_P)
+        example, start, left = place(tile, P, BLOCK_P)
         first = example * P + start
         at = dupdate_ptr + first * C
         dupdate = load_tile(at, left, C, position[:, None], channel, C, 1, WHOLE)
@@ -201,7 +200,7 @@ def output(
         Output((n, c), dtype),
         Output((grid[1], n), "float32"),
         Output((4 * h + c, n), dtype),
-        Output((grid[0], 2 * c), "float32"),
+        Output((grid[0] * grid[2], 2 * c), "float32"),
     )
     sizes |= {"HAS_FACTOR": has_factor}
     return launch_turns(triangle_output_backward_kernel, grid, outputs, sizes, turns)

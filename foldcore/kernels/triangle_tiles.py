@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.rows import EPS
+from foldcore.kernels.rows import EPS, product
 from foldcore.kernels.turns import Turns
 
 
@@ -36,15 +36,11 @@ def launch_turns(
 
 
 @triton.jit
-def place(tile, I: tl.constexpr, J: tl.constexpr, BLOCK_P: tl.constexpr):  # noqa: E741
-    """The example of a tile, whose positions have one i; its first j and position there; j left.
-
-    Where i does not matter an example is one row of positions: I is 1 then, J their number.
-    """
-    blocks: tl.constexpr = (J + BLOCK_P - 1) // BLOCK_P
-    line = tile // blocks  # example, i
-    j = tile % blocks * BLOCK_P
-    return tl.cast(line // I, tl.int64), j, line % I * J + j, J - j
+def place(tile, P: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The example of a tile, where it starts among the example's P, and what is left from there."""
+    tiles: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    start = tile % tiles * BLOCK_P
+    return tl.cast(tile // tiles, tl.int64), start, P - start
 
 
 @triton.jit
@@ -65,14 +61,43 @@ def moments(x, inside, C: tl.constexpr, AXIS: tl.constexpr):
     bfloat16 takes one pass: its own rounding is far more than what is lost in float32 where the
     mean of the squares and the square of the mean are close.
     """
-    wide = x.to(tl.float32)
-    mean = tl.sum(wide, AXIS) / C
     if x.dtype == tl.float32:
+        mean = tl.sum(x, AXIS) / C
         centred = tl.where(inside, x - tl.expand_dims(mean, AXIS), 0.0)
         variance = tl.sum(centred * centred, AXIS) / C
     else:
-        variance = tl.maximum(tl.sum(wide * wide, AXIS) / C - mean * mean, 0.0)
+        sums, squares = sums_of_powers(x, AXIS)
+        mean = sums / C
+        variance = tl.maximum(squares / C - mean * mean, 0.0)
     return mean, tl.rsqrt(variance + EPS)
+
+
+@triton.jit
+def sums_of_powers(x, AXIS: tl.constexpr):
+    """Sums along AXIS of the elements and of their squares.
+
+    Along axis 0, across threads, by the units for matrix products: they take less time for all
+    products of columns than threads for sums of squares, which are the diagonal.
+    """
+    if AXIS == 1:
+        wide = x.to(tl.float32)
+        sums, squares = tl.sum(wide, 1), tl.sum(wide * wide, 1)
+    else:
+        rows = tl.trans(x)
+        ones = tl.full([x.shape[0], 16], 1.0, tl.float32).to(x.dtype)
+        sums = tl.sum(product(rows, ones), 1) / 16
+        index = tl.arange(0, x.shape[1])
+        diagonal = index[:, None] == index[None, :]
+        squares = tl.sum(tl.where(diagonal, product(rows, x), 0.0), 1)
+    return sums, squares
+
+
+@triton.jit
+def scaled_sigmoid(x, scale, bias):
+    """sigmoid(x scale + bias); to powers of 2 go the scale and the bias, of fewer numbers."""
+    x = x * (scale * -1.4426950408889634) + bias * -1.4426950408889634
+    root = tl.rsqrt(1.0 + tl.exp2(x))
+    return root * root
 
 
 @triton.jit
