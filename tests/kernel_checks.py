@@ -4,7 +4,8 @@ Kernels run on a GPU where there is one, otherwise in Triton's interpreter. The 
 float64 on the values that the kernel gets.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ FLOAT32_TOLERANCE = 5e-6
 # that of its mean over the positions, a few dozen numbers, whose norms differ by some tenths. Below
 # the floor, one rounding of the result.
 BFLOAT16_RATIO, BFLOAT16_FLOOR = 1.5, 3e-3
+# Gradients by parameters that are sums over all positions, where few channels weigh most, differ by
+# more than tenths: in 207 draws of triangle multiplication, with the kernels' roundings in plain
+# operations, one of 16 was off by up to 2.9 times as much as in the plain implementation, or 2.3
+# times as much as there the 16 together; all 16 together by 0.4 to 1.2 times.
+ONE_SUM_RATIO, SUMS_RATIO = 2.5, 1.3
+TOGETHER = "sums together"
+
+# as training sets it
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 # function(implementation, **arrays) -> result
 Function = Callable[..., Tensor]
@@ -47,8 +57,10 @@ def check(
     arrays: dict[str, Tensor],
     dtype: torch.dtype = torch.float32,
     constant: tuple[str, ...] = (),
+    sums: Sequence[str] = (),
 ) -> None:
-    """``arrays["seed"]`` is the gradient of the result; constant arrays stay in float32."""
+    """``arrays["seed"]`` is the gradient of the result; constant arrays stay in float32; gradients
+    by ``sums`` are also judged together."""
     given = {
         name: x.to(DEVICE) if name in constant else x.to(DEVICE, dtype)
         for name, x in arrays.items()
@@ -57,13 +69,34 @@ def check(
     exact = {name: x.double() for name, x in given.items()}
     expected = results(function, "reference", exact, constant)
     assert found.keys() == expected.keys()
-    plain = results(function, "reference", given, constant) if dtype == torch.bfloat16 else {}
     for name, want in expected.items():
         assert found[name].shape == want.shape, name
-        error, bound = relative_error(found[name], want), FLOAT32_TOLERANCE
-        if plain:
-            bound = max(BFLOAT16_RATIO * relative_error(plain[name], want), BFLOAT16_FLOOR)
-        assert error < bound, f"{name}: {error:.1e}, expected less than {bound:.1e}"
+    errors = relative_errors(found, expected, sums)
+    bounds = dict.fromkeys(errors, FLOAT32_TOLERANCE)
+    if dtype == torch.bfloat16:
+        plain = results(function, "reference", given, constant)
+        bounds = bfloat16_bounds(relative_errors(plain, expected, sums), sums)
+    for name, error in errors.items():
+        assert error < bounds[name], f"{name}: {error:.1e}, expected less than {bounds[name]:.1e}"
+
+
+def bfloat16_bounds(plain: Mapping[str, float], sums: Sequence[str]) -> dict[str, float]:
+    """What errors have to be less than, from those of the plain implementation."""
+    bounds = {name: BFLOAT16_RATIO * error for name, error in plain.items()}
+    if sums:
+        bounds |= {name: ONE_SUM_RATIO * max(plain[name], plain[TOGETHER]) for name in sums}
+        bounds[TOGETHER] = SUMS_RATIO * plain[TOGETHER]
+    return {name: max(bound, BFLOAT16_FLOOR) for name, bound in bounds.items()}
+
+
+def relative_errors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sums: Sequence[str]
+) -> dict[str, float]:
+    """Of each array; TOGETHER the root mean square of those of ``sums``."""
+    errors = {name: relative_error(found[name], want) for name, want in expected.items()}
+    if sums:
+        errors[TOGETHER] = math.sqrt(sum(errors[name] ** 2 for name in sums) / len(sums))
+    return errors
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
