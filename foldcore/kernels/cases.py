@@ -116,7 +116,7 @@ _TRANSITION = {
     "weights2": (HIDDEN, C),
     "bias2": (C,),
 }
-RESIDUES = 128  # as well
+RESIDUES = 256  # as well
 _TRIANGLE = {
     "pair": (1, RESIDUES, RESIDUES, C),
     "pair_mask": (1, RESIDUES, RESIDUES),
