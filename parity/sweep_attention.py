@@ -13,9 +13,6 @@ from foldcore.kernels.launch import Launch
 from parity.bench_attention import SHAPES, Shape
 from torchfold._triton import call
 
-# with another of the same kernels the rest run as well
-SWEPT = tuple(shape.name for shape in SHAPES if "ending" not in shape.name)
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -93,7 +90,7 @@ def candidates() -> Iterator[Candidate]:
     """Every size worth trying, for each kernel and shape."""
     for shape in SHAPES:
         for kernel in LAUNCHES:
-            if shape.name in SWEPT and _runs(kernel, shape):
+            if _runs(kernel, shape):
                 for tiles in _sizes(kernel, shape):
                     yield Candidate(shape, kernel, tiles)
 
@@ -102,7 +99,7 @@ def in_use() -> Iterator[Candidate]:
     """Every kernel at the shapes of the model, with the sizes that it has."""
     for shape in SHAPES:
         for kernel in LAUNCHES:
-            if shape.name in SWEPT and _runs(kernel, shape):
+            if _runs(kernel, shape):
                 yield Candidate(shape, kernel, None)
 
 
@@ -123,7 +120,7 @@ def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
     depths = [(1, 1), (1, 2), (1, 3)]
     if kernel == "forward":
         tiles += [(64, 256, 4), (128, 256, 8), (128, 128, 4), (64, 32, 4)]
-        depths = [(1, 1), (1, 2), (8, 2), (8, 3), (16, 2)]
+        depths = [(1, 1), (1, 2), (8, 2), (8, 3), (16, 2), (16, 3)]
     elif kernel == "whole_grad":
         keys = 128 if shape.length <= 128 else 256
         tiles = [(16, keys, 4), (32, keys, 4), (64, keys, 4)]
@@ -134,3 +131,7 @@ def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
     for (queries, keys, warps), (groups, stages) in itertools.product(tiles, depths):
         if queries <= shape.length and keys <= max(128, shape.length):
             yield Tiles(queries, keys, groups, warps, stages)
+            if groups > 1 and (queries, keys) in ((64, 64), (64, 256)):
+                yield Tiles(queries, keys, groups, warps, stages, interleaved=True)
+            if kernel == "forward" and shape.width <= 16 and keys == shape.length:
+                yield Tiles(queries, keys, groups, warps, stages, held=True)

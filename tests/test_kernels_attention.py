@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldcore.kernels import attention_tiles, cases
+from foldcore.kernels import attention, attention_tiles, cases
 from jaxfold import _attention, _rows
 from jaxfold import ops as jax_ops
 from tests import triton_interpreter
@@ -41,6 +41,7 @@ class Case:
     axis: int = 2
     biased: bool = True
     dtype: torch.dtype = torch.float32
+    scale: float = 0.4
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def run(case: Case, implementation: str, dtype: torch.dtype, seed: int = 0) -> d
     projected, gate_bias, mask, bias, grad = arrays(case, seed)
     projected, gate_bias = (x.to(dtype).requires_grad_() for x in (projected, gate_bias))
     bias = None if bias is None else bias.to(dtype).requires_grad_()
-    options = {"axis": case.axis, "scale": 0.4, "implementation": implementation}
+    options = {"axis": case.axis, "scale": case.scale, "implementation": implementation}
     output = ops.gated_attention(projected, gate_bias, mask, bias, **options)
     output.backward(grad.to(dtype))
     assert projected.grad is not None
@@ -127,6 +128,44 @@ def test_bfloat16(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are sizes of the interpreter")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(groups=5, length=40, batch=2),
+        Case(groups=3, length=64, width=8, axis=1),
+        Case(groups=3, length=64, width=8, dtype=torch.bfloat16, scale=8**-0.5),
+        Case(groups=3, length=140, heads=1, dtype=torch.bfloat16),
+        Case(groups=3, length=40, biased=False),
+    ],
+    ids=str,
+)
+def test_bias_held_on_chip_and_groups_in_turn(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = attention_tiles.Tiles(32, 256, 2, 4, 1, interleaved=True, held=True)
+    monkeypatch.setattr(attention_tiles, "_INTERPRETED", sizes)
+    launches = []
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda p: launches.append(forward(p)) or launches[-1])
+    check(case)
+    held, interleaved = (launches[0].constants[name] for name in ("HELD", "INTERLEAVED"))
+    assert interleaved and held == case.biased
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "held"),
+    [
+        (8, "bfloat16", True),
+        (16, "bfloat16", True),
+        (16, "float32", False),
+        (12, "bfloat16", False),
+    ],
+)
+def test_bias_is_held_where_no_precision_is_lost(width: int, dtype: str, held: bool) -> None:
+    shape = (1, 4, 256, 4, 2, width)
+    problem = attention_tiles.Problem(shape, 2, width**-0.5, dtype, True, architecture=90)
+    assert attention.forward(problem).constants["HELD"] == held
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu_kernels.py runs both tracks")
 @pytest.mark.parametrize(
     "case", [Case(2, 20), Case(2, 260, heads=1, axis=1, biased=False)], ids=str
@@ -137,7 +176,7 @@ def test_jax_wires_the_kernels_alike(case: Case, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "architecture", lambda: 0)
     given = (None if x is None else jnp.asarray(x) for x in arrays(case, seed=0))
     projected, gate_bias, mask, bias, grad = given
-    options = {"axis": case.axis, "scale": 0.4, "implementation": "triton"}
+    options = {"axis": case.axis, "scale": case.scale, "implementation": "triton"}
 
     def loss(projected: jax.Array, gate_bias: jax.Array, bias: jax.Array | None) -> Any:
         output = jax_ops.gated_attention(projected, gate_bias, mask, bias, **options)

@@ -6,6 +6,11 @@ attends within itself and is a row of it (axis 2) or a column (axis 1), which co
 head of a position fills whole memory sectors either way. Scores never leave the chip. Where a tile
 holds all keys of a group, the next group's tiles are on their way while one is computed.
 
+Narrow heads leave the tensor cores idle and the other units too much to do. There a program holds
+its tile of the bias (HELD), and the tensor cores add bias and mask: as products with the identity
+and with a row of ones, in float32 and without rounding. The identity is multiplied by 1 / scale in
+the bias's dtype, for ``Problem.short_scale`` only: products of queries and keys share its rounding.
+
 Logits are natural, their maxima and the logarithms of sums in units of log 2, for exp2.
 """
 
@@ -70,6 +75,22 @@ def load_bias(base_ptr, query, key, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def diagonal(value, SIZE: tl.constexpr):
+    """[SIZE, SIZE], ``value`` on the diagonal and 0 elsewhere."""
+    index = tl.arange(0, SIZE)
+    return tl.where(index[:, None] == index[None, :], value, 0.0)
+
+
+@triton.jit
+def add_to_rows(tile, row, dtype):
+    """``tile`` + ``row`` by the tensor cores, which take no less than 16 rows: 15 are zero."""
+    extra = tl.arange(0, 16)
+    ones = tl.where(extra[None, :] == 0, tl.full([tile.shape[0], 1], 1.0, tl.float32), 0.0)
+    rows = tl.where(extra[:, None] == 0, row[None, :], 0.0)
+    return tl.dot(ones.to(dtype), rows.to(dtype), tile, input_precision="ieee")
+
+
+@triton.jit
 def key_summand(mask_ptr, keys, STRIDE: tl.constexpr, LENGTH: tl.constexpr, HIDDEN: tl.constexpr):
     """What is added to a key's logits: 0, ``HIDDEN`` if it is masked, -inf if it is padding."""
     if LENGTH % keys.shape[0] == 0:
@@ -104,6 +125,23 @@ def load_gate_bias(gate_bias_ptr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def own_groups(GROUPS, GROUPS_A_PROGRAM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The groups of this program along axis 1 of the grid: first, end and step.
+
+    A chunk of its own, or in turn with the other programs, so that those which run together read
+    neighbouring groups: where groups are columns, these share the memory's pages.
+    """
+    first = tl.program_id(1)
+    step = tl.num_programs(1)
+    last = GROUPS
+    if not INTERLEAVED:
+        first *= GROUPS_A_PROGRAM
+        step = 1
+        last = tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)
+    return first, last, step
+
+
+@triton.jit
 def forward_kernel(
     projected_ptr,  # [b s r 4 h d]
     gate_bias_ptr,  # [h d]
@@ -124,18 +162,25 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUPS_A_PROGRAM: tl.constexpr,
     STAGES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_Q)
     head = tl.program_id(0) // tiles
     query = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = tl.program_id(1) * GROUPS_A_PROGRAM
     batch = tl.program_id(2)
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     gate_bias = load_gate_bias(gate_bias_ptr + head * WIDTH, WIDTH, BLOCK_D)
-    last = tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)
-    for group in tl.range(first, last, num_stages=STAGES):
+    unit = LOG2_E  # of logits
+    if HELD:
+        bias = load_bias(bias_ptr, query[:, None], tl.arange(0, BLOCK_K)[None, :], LENGTH)
+        inverse = tl.full([], 1 / SCALE, tl.float32).to(bias.dtype).to(tl.float32)
+        identity = diagonal(inverse, BLOCK_Q).to(bias.dtype)
+        unit = LOG2_E / inverse
+    first, last, step = own_groups(GROUPS, GROUPS_A_PROGRAM, INTERLEAVED)
+    for group in tl.range(first, last, step, num_stages=STAGES):
         position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
         base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
         q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
@@ -147,19 +192,25 @@ def forward_kernel(
             k_ptr = base_ptr + 2 * CHANNELS
             k = load_tile(k_ptr, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
             v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
-            summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)[None, :]
-            if HAS_BIAS:
-                bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
-                # in the bias's dtype, which has each of the sums: half the work
-                summand = (bias + summand.to(bias.dtype)).to(tl.float32)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE + summand
-            higher = tl.max(logits, 1) * LOG2_E
+            summand = key_summand(mask_ptr + position, key, STEP, LENGTH, MASKED)
+            if HELD:
+                logits = tl.dot(identity, bias, input_precision="ieee")
+                logits = add_to_rows(logits, summand, bias.dtype)
+                logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
+            else:
+                summand = summand[None, :]
+                if HAS_BIAS:
+                    bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
+                    # in the bias's dtype, which has each of the sums: half the work
+                    summand = (bias + summand.to(bias.dtype)).to(tl.float32)
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE + summand
+            higher = tl.max(logits, 1) * unit
             if LENGTH > BLOCK_K:  # what earlier tiles left
                 higher = tl.maximum(highest, higher)
                 shrink = tl.exp2(highest - higher)
                 total *= shrink
                 gathered *= shrink[:, None]
-            weights = tl.exp2(logits * LOG2_E - higher[:, None])
+            weights = tl.exp2(logits * unit - higher[:, None])
             total += tl.sum(weights, 1)
             gathered = tl.dot(weights.to(v.dtype), v, gathered, input_precision="ieee")
             highest = higher
@@ -168,6 +219,8 @@ def forward_kernel(
         out_ptr = output_ptr + position * CHANNELS + head * WIDTH
         store_tile(out_ptr, query, output, STEP * CHANNELS, LENGTH, WIDTH)
         lse_ptr = logsumexp_ptr + ((batch * GROUPS + group).to(tl.int64) * HEADS + head) * LENGTH
+        if HELD:  # a query without any key: in natural units as well
+            highest = tl.where(highest > MASKED * 0.001, highest, MASKED * LOG2_E)
         tl.store(lse_ptr + query, highest + tl.log2(total), mask=query < LENGTH)
 
 
@@ -179,11 +232,13 @@ def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
     tiles = tiles or choose("forward", problem)
     blocks = tiles.fit(problem.length)
     programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])
+    whole = problem.length <= blocks["BLOCK_K"]
+    held = tiles.held and whole and problem.has_bias and problem.short_scale
     return Launch(
         kernel=forward_kernel,
         grid=(programs, cdiv(problem.groups, tiles.groups), problem.batch),
         outputs=(problem.gathered, problem.statistics),
-        constants=problem.constants() | blocks | tiles.walk(),
+        constants=problem.constants() | blocks | tiles.walk() | {"HELD": held},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -135,8 +135,8 @@ _TRIANGLE = {
     "gating": (C, C),
     "gating_bias": (C,),
 }
-# With and without a bias, along both axes, edges masked; the last has more keys than one program
-# holds.
+# With and without a bias, along both axes, edges masked; the third has more keys than one program
+# holds, the fourth so narrow heads that the bias stays on chip.
 CASES = (
     Case(
         "gated_attention",
@@ -160,6 +160,16 @@ CASES = (
             "gate_bias": (2, 16),
             "mask": (1, 3, 264),
             "bias": (1, 2, 264, 264),
+        },
+        {"axis": 2, "scale": 0.2},
+    ),
+    Case(
+        "gated_attention",
+        {
+            "projected": (1, 17, 200, 4, 2, 8),
+            "gate_bias": (2, 8),
+            "mask": (1, 17, 200),
+            "bias": (1, 2, 200, 200),
         },
         {"axis": 2, "scale": 0.2},
     ),
