@@ -127,11 +127,9 @@ def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
         tiles += [(16, keys, 8), (32, keys, 8), (64, keys, 8), (128, keys, 8)]
     elif kernel == "bias_grad":
         tiles += [(64, 128, 8)]
-        depths = [(8, 2), (16, 2), (32, 2), (8, 3), (16, 3), (32, 3)]
+        depths = [(8, 2), (16, 2), (32, 2), (8, 3), (16, 3), (32, 3), (64, 3)]
     for (queries, keys, warps), (groups, stages) in itertools.product(tiles, depths):
         if queries <= shape.length and keys <= max(128, shape.length):
             yield Tiles(queries, keys, groups, warps, stages)
-            if groups > 1 and (queries, keys) in ((64, 64), (64, 256)):
-                yield Tiles(queries, keys, groups, warps, stages, interleaved=True)
             if kernel == "forward" and shape.width <= 16 and keys == shape.length:
                 yield Tiles(queries, keys, groups, warps, stages, held=True)

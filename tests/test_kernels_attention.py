@@ -140,15 +140,14 @@ def test_bfloat16(case: Case) -> None:
     ],
     ids=str,
 )
-def test_bias_held_on_chip_and_groups_in_turn(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = attention_tiles.Tiles(32, 256, 2, 4, 1, interleaved=True, held=True)
+def test_bias_held_on_chip(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = attention_tiles.Tiles(32, 256, 2, 4, 1, held=True)
     monkeypatch.setattr(attention_tiles, "_INTERPRETED", sizes)
     launches = []
     forward = attention.forward
     monkeypatch.setattr(attention, "forward", lambda p: launches.append(forward(p)) or launches[-1])
     check(case)
-    held, interleaved = (launches[0].constants[name] for name in ("HELD", "INTERLEAVED"))
-    assert interleaved and held == case.biased
+    assert launches[0].constants["HELD"] == case.biased
 
 
 @pytest.mark.parametrize(

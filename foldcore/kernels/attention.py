@@ -2,8 +2,8 @@
 
 All four projections of a position arrive side by side, as one matrix product leaves them, in the
 order query, gate, key, value; the gate's bias is added here. Positions form a table [s r]; a group
-attends within itself and is a row of it (axis 2) or a column (axis 1), which costs nothing, as a
-head of a position fills whole memory sectors either way. Scores never leave the chip. Where a tile
+attends within itself and is a row of it (axis 2) or a column (axis 1), without a transpose: a head
+of a position fills whole memory sectors either way. Scores never leave the chip. Where a tile
 holds all keys of a group, the next group's tiles are on their way while one is computed.
 
 Narrow heads leave the tensor cores idle and the other units too much to do. There a program holds
@@ -125,23 +125,6 @@ def load_gate_bias(gate_bias_ptr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def own_groups(GROUPS, GROUPS_A_PROGRAM: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The groups of this program along axis 1 of the grid: first, end and step.
-
-    A chunk of its own, or in turn with the other programs, so that those which run together read
-    neighbouring groups: where groups are columns, these share the memory's pages.
-    """
-    first = tl.program_id(1)
-    step = tl.num_programs(1)
-    last = GROUPS
-    if not INTERLEAVED:
-        first *= GROUPS_A_PROGRAM
-        step = 1
-        last = tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)
-    return first, last, step
-
-
-@triton.jit
 def forward_kernel(
     projected_ptr,  # [b s r 4 h d]
     gate_bias_ptr,  # [h d]
@@ -160,9 +143,7 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUPS_A_PROGRAM: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     HELD: tl.constexpr,
 ):
     CHANNELS: tl.constexpr = HEADS * WIDTH
@@ -179,8 +160,8 @@ def forward_kernel(
         inverse = tl.full([], 1 / SCALE, tl.float32).to(bias.dtype).to(tl.float32)
         identity = diagonal(inverse, BLOCK_Q).to(bias.dtype)
         unit = LOG2_E / inverse
-    first, last, step = own_groups(GROUPS, GROUPS_A_PROGRAM, INTERLEAVED)
-    for group in tl.range(first, last, step, num_stages=STAGES):
+    # in turn: programs that run together read neighbouring groups
+    for group in tl.range(tl.program_id(1), GROUPS, tl.num_programs(1), num_stages=STAGES):
         position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
         base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
         q = load_tile(base_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
@@ -234,11 +215,12 @@ def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
     programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])
     whole = problem.length <= blocks["BLOCK_K"]
     held = tiles.held and whole and problem.has_bias and problem.short_scale
+    walk = {"STAGES": tiles.num_stages, "HELD": held}
     return Launch(
         kernel=forward_kernel,
         grid=(programs, cdiv(problem.groups, tiles.groups), problem.batch),
         outputs=(problem.gathered, problem.statistics),
-        constants=problem.constants() | blocks | tiles.walk() | {"HELD": held},
+        constants=problem.constants() | blocks | walk,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

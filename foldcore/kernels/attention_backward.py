@@ -22,7 +22,6 @@ from foldcore.kernels.attention import (
     load_gate,
     load_gate_bias,
     load_tile,
-    own_groups,
     store_tile,
 )
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
@@ -173,9 +172,8 @@ def bias_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUPS_A_PROGRAM: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
 ):
-    """One tile of the bias, over some of the groups."""
+    """One tile of the bias, over a chunk of the groups."""
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_K)
@@ -183,13 +181,14 @@ def bias_grad_kernel(
     tile = tl.program_id(0) // HEADS
     query = tile // tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     key = tile % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * GROUPS_A_PROGRAM
     batch = tl.program_id(2)
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
     bias = bias.to(tl.float32) / SCALE  # what the products of queries and keys are added to
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    first, last, step = own_groups(GROUPS, GROUPS_A_PROGRAM, INTERLEAVED)
-    for group in tl.range(first, last, step, num_stages=STAGES):
+    last = tl.minimum(first + GROUPS_A_PROGRAM, GROUPS)
+    for group in tl.range(first, last, num_stages=STAGES):
         position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
         base_ptr = projected_ptr + position * (PARTS * CHANNELS) + head * WIDTH
         k_ptr = base_ptr + 2 * CHANNELS
@@ -246,11 +245,12 @@ def bias_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
     chunks = cdiv(problem.groups, tiles.groups)
     shape = (chunks, problem.batch, problem.heads, problem.length, problem.length)
     tile_count = cdiv(problem.length, blocks["BLOCK_Q"]) * cdiv(problem.length, blocks["BLOCK_K"])
+    walk = {"GROUPS_A_PROGRAM": tiles.groups, "STAGES": tiles.num_stages}
     return Launch(
         kernel=bias_grad_kernel,
         grid=(problem.heads * tile_count, chunks, problem.batch),
         outputs=(Output(shape, "float32"),),
-        constants=problem.constants() | blocks | tiles.walk(),
+        constants=problem.constants() | blocks | walk,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -99,21 +99,12 @@ class Tiles:
     groups: int
     num_warps: int
     num_stages: int
-    interleaved: bool = False  # groups in turn with the other programs, not a chunk of them
     held: bool = False  # forward: the bias stays on chip, where all keys fit into a tile
 
     def fit(self, length: int) -> dict[str, int]:
         """The tile for this length; the tensor cores take at least 16 by 16."""
         padded = max(16, next_power_of_2(length))
         return {"BLOCK_Q": min(self.queries, padded), "BLOCK_K": min(self.keys, padded)}
-
-    def walk(self) -> dict[str, int]:
-        """How many groups a program works through, and how many of them are on their way."""
-        return {
-            "GROUPS_A_PROGRAM": self.groups,
-            "STAGES": self.num_stages,
-            "INTERLEAVED": self.interleaved,
-        }
 
 
 # Where no measured row fits: few registers.
@@ -145,7 +136,7 @@ _MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {
         ("whole_grad", 256, 32): Tiles(64, WHOLE_LIMIT, 1, 8, 2),
         ("whole_grad", 256, 16): Tiles(32, WHOLE_LIMIT, 1, 4, 2),
         ("bias_grad", 256, 32): Tiles(64, 64, 16, 4, 3),
-        ("bias_grad", 256, 16): Tiles(64, 64, 32, 4, 3),
+        ("bias_grad", 256, 16): Tiles(64, 64, 64, 4, 3),
         ("bias_grad", 512, 32): Tiles(64, 64, 32, 4, 2),
         ("query_grad", 512, 32): Tiles(128, 64, 1, 4, 3),
         ("key_value_grad", 512, 32): Tiles(64, 128, 1, 4, 2),
