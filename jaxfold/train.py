@@ -107,7 +107,8 @@ def train_step(
     new, norms = update(gradient, factor, old, step, finite, settings)
     updated = TrainState(*new, keep_where(finite, step, state.step))
     logged.update(norms)
-    logged["recycling"] = batch["num_iter_recycling"].mean()
+    passes = batch["num_iter_recycling"]
+    logged["recycling"] = passes.sum() / len(passes)
     return updated, logged
 
 
@@ -186,7 +187,7 @@ def train(config: Config, command: str) -> None:
         finally:
             log.data(loader)
         writer.wait()
-        log.say(closing_words(folder, f"python -m jaxfold.train {command}", finished))
+        log.say(closing_words(folder, f"python -m {__package__}.train {command}", finished))
 
 
 def resume(run: Run) -> tuple[TrainState, Window]:

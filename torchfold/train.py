@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor as Array
 from torch.distributed import DeviceMesh
 
 from foldcore.checkpoint import SECTIONS, CheckpointWriter, read_params, restore
@@ -45,7 +45,7 @@ from torchfold.step import (
     versions,
 )
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -69,8 +69,8 @@ def make_state(config: Config, network: Network) -> TrainState:
 
 
 def loss_fn(
-    params: Batch, network: Network, config: Config, batch: Batch, step: Int[Tensor, ""]
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    params: Batch, network: Network, config: Config, batch: Batch, step: Int[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of a batch, and what is logged of it; dropout is drawn for this step."""
     dropout = None
     if config.train.dropout:
@@ -83,14 +83,14 @@ def loss_fn(
 
 def train_step(
     network: Network, config: Config, state: TrainState, batch: Batch
-) -> tuple[TrainState, dict[str, Tensor]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """One update from this device's examples; a non-finite one leaves the state as it was."""
     step, settings = state.step + 1, config.optimizer
     gradient_of = value_and_grad(loss_fn, network)
     # of a single example the mean is itself: clipping it then is part of the update
     clip_last = settings.clip == "global" or config.train.batch_size == 1
 
-    def example_gradient(example: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def example_gradient(example: Batch) -> tuple[Array, dict[str, Array]]:
         logged, gradient = gradient_of(state.params, network, config, example, step)
         if not clip_last:
             gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
@@ -105,7 +105,8 @@ def train_step(
     new, norms = update(gradient, factor, old, step, finite, settings)
     updated = TrainState(*new, keep_where(finite, step, state.step))
     logged.update(norms)
-    logged["recycling"] = batch["num_iter_recycling"].float().mean()
+    passes = batch["num_iter_recycling"]
+    logged["recycling"] = passes.sum() / len(passes)
     return updated, logged
 
 
@@ -184,7 +185,7 @@ def train(config: Config, command: str) -> None:
         finally:
             log.data(loader)
         writer.wait()
-        log.say(closing_words(folder, f"python -m torchfold.train {command}", finished))
+        log.say(closing_words(folder, f"python -m {__package__}.train {command}", finished))
 
 
 def resume(run: Run) -> tuple[TrainState, Window]:
