@@ -8,6 +8,7 @@ the update. Both read the batch, the pass they are at and the state from fixed b
 import gc
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class GraphedStep:
             for strict in (False, True):
                 state = map_tree(torch.clone, self._parts.state)
                 torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error" if strict else "default")
+                _forbid_waiting(strict)
                 try:
                     self._parts.one_pass(state)
                     self._parts.finish(state)
@@ -144,7 +145,7 @@ class GraphedStep:
                         raise
                     raise _refused("a step", error) from error
                 finally:
-                    torch.cuda.set_sync_debug_mode("default")
+                    _forbid_waiting(False)
                 del state
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -165,6 +166,13 @@ def _capture(
     except RuntimeError as error:
         raise _refused(what, error) from error
     return graph, result
+
+
+def _forbid_waiting(forbidden: bool) -> None:
+    """Let operations raise that make the host wait for the device, or no longer."""
+    with warnings.catch_warnings():  # it calls itself a prototype
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
 
 
 def _release() -> None:
