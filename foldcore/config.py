@@ -255,7 +255,9 @@ def dumps(config: Config) -> str:
 def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot read this configuration: {error}") from None
 
 
@@ -319,6 +321,8 @@ def _nearest(key: str, where: str, hints: dict[str, Any]) -> str:
     everywhere = {
         f.name: f"{s.name}.{f.name}" for s in fields(Config) for f in fields(_section(s.name))
     }
+    if key in everywhere:  # without its section
+        return f"did you mean {everywhere[key]!r}?"
     if close := difflib.get_close_matches(key, hints, n=1, cutoff=0.5):
         return f"did you mean {where + close[0]!r}?"
     if close := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6):

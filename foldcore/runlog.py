@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -74,8 +74,7 @@ class RunLog:
         self._progress: Progress | None = None
         self._said: set[str] = set()
         if enabled:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._text = (self.folder / "run.log").open("a", encoding="utf-8")
+            self._text = _open_log(self.folder)
             try:  # held until this process ends, however it ends
                 fcntl.flock(self._text, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -226,6 +225,14 @@ class Window:
 def due(step: int, last: int, every: int) -> bool:
     """Whether what is done each ``every`` steps (0: only at the last) is done at this one."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def _open_log(folder: Path) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "run.log").open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write there: {error.strerror} (train.out)") from None
 
 
 def closing_words(folder: Path, command: str, finished: bool) -> str:

@@ -129,5 +129,9 @@ def host_array(shape: Sequence[int], dtype: str) -> np.ndarray:
 def describe_devices() -> str:
     """One line: what this run computes on."""
     devices = jax.devices()
-    kinds = ", ".join(sorted({f"{d.platform} {d.device_kind}" for d in devices}))
+    kinds = ", ".join(sorted({_kind(d.platform, d.device_kind) for d in devices}))
     return f"{len(devices)} x {kinds} in {jax.process_count()} process(es)"
+
+
+def _kind(platform: str, name: str) -> str:
+    return platform if name == platform else f"{platform} {name}"

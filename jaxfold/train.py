@@ -177,7 +177,8 @@ def train(config: Config, command: str) -> None:
             config, loader.datasets[0], distributed.replicas(mesh), distributed.process()
         )
         run = Run(config, log, loader, writer, network, mesh, evaluation, stop)
-        log.say(f"{distributed.describe_devices()}; {network.layout.size:,} parameters")
+        devices, size = distributed.describe_devices(), network.layout.size
+        log.say(f"{__package__} on {devices}; {size:,} parameters")
         log.data(loader)
         try:
             finished = run_steps(run, *resume(run))
@@ -194,7 +195,7 @@ def resume(run: Run) -> tuple[TrainState, Window]:
     """State and pending metrics of the newest checkpoint, loader restored; or of a new run."""
     found = restore(run.log.folder / "checkpoints", run.log.say)
     if found is None:
-        run.log.say("starting from scratch")
+        run.log.say(f"starting from {run.config.train.initial_params or 'scratch'}")
         run.log.begin(0, run.config)
         return make_state(run.config, run.network), Window()
     check_config(run.log.folder, run.config)

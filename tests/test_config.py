@@ -61,6 +61,7 @@ def test_overrides_are_toml_assignments() -> None:
         ("data.num_extra_msa=0", ["num_extra_msa=0", "at least 1"]),
         ("loss.aligned_error=0.1", ["pae_enabled"]),
         ("zzz.qqq=1", ["'zzz'", "valid keys"]),
+        ("crop_size=32", ["'data.crop_size'"]),
     ],
 )
 def test_mistakes_are_named(override: str, words: list[str]) -> None:
@@ -77,7 +78,7 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing.toml"):
+    with pytest.raises(ConfigError, match=r"nothing.toml: .*: No such file or directory$"):
         load(tmp_path / "nothing.toml")
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gemmi
@@ -14,6 +15,7 @@ from foldcore.config import DataConfig
 from foldcore.data.dataset import Dataset, open_validation, split
 from foldcore.data.layout import alignment_files, find_layout
 from foldcore.data.scan import progress
+from foldcore.data.stores import find_store
 from foldcore.errors import DataError
 
 CONFIG = DataConfig(accept_unknown=True)
@@ -332,8 +334,11 @@ def test_openproteinset_as_stored_without_structures(shared_data: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    text = error_of(lambda: Dataset(str(tmp_path / "nowhere"), CONFIG))
-    assert text == f"{tmp_path / 'nowhere'}: no such folder (data.path)"
+    path = str(tmp_path / "nowhere")
+    assert error_of(lambda: Dataset(path, CONFIG)) == f"{path}: no such folder (data.path)"
+    other = replace(CONFIG, distillation_path=path)
+    for use in (lambda: Dataset(path, other), lambda: find_store(path, other, print)):
+        assert error_of(use) == f"{path}: no such folder (data.distillation_path)"
 
 
 def test_nothing_left_says_by_which_rule(tmp_path: Path) -> None:

@@ -171,3 +171,9 @@ def test_another_configuration_is_refused_by_field(tmp_path: Path) -> None:
     assert "optimizer.learning_rate: 0.001 there, 0.0005 now" in message
     assert "train.seed: 0 there, 1 now" in message
     assert "train.steps" not in message and "train.name=NAME" in message
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run: cannot write there: .* \(train.out\)$"):
+        RunLog(tmp_path / "file" / "run", 10)

@@ -223,5 +223,5 @@ def describe_devices() -> str:
     """One line: what this run computes on."""
     count = dist.get_world_size()
     cuda = torch.cuda.is_available()
-    kind = f"gpu {torch.cuda.get_device_name()}" if cuda else "cpu cpu"
+    kind = f"gpu {torch.cuda.get_device_name()}" if cuda else "cpu"
     return f"{count} x {kind} in {count} process(es)"

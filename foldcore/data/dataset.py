@@ -17,7 +17,7 @@ from foldcore.data.caches import Caches, ChainInfo, read_caches
 from foldcore.data.hhr import read_hhr
 from foldcore.data.hits import PackedTemplates, choose_hits
 from foldcore.data.join import Place, Record, describe, find_entities, join, make_record, rejection
-from foldcore.data.layout import alignment_files, find_layout
+from foldcore.data.layout import alignment_files, find_layout, path_option
 from foldcore.data.mmcif import Chain, Structure, read_structure
 from foldcore.data.msa import Msa, merge, read_msa
 from foldcore.data.report import Report
@@ -51,7 +51,8 @@ class Dataset:
         self.config = config
         self.distillation = distillation
         self.store = Store(path) if is_store(path) else None
-        self.layout = self.store.layout() if self.store else find_layout(path)
+        option = path_option(path, config)
+        self.layout = self.store.layout() if self.store else find_layout(path, option)
         self.report = Report(self.layout.root)
         self._structures = _Cache[Structure](cache_bytes)
         self._raws = _Cache[RawExample](cache_bytes)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from foldcore.config import DataConfig
 from foldcore.errors import DataError
 
 STRUCTURE_FOLDERS = ("mmcif", "mmcif_files", "pdb_mmcif/mmcif_files", "pdb")
@@ -47,12 +48,18 @@ def normal_id(name: str) -> str:
     return f"{entry.lower()}{separator}{chain}"
 
 
-def find_layout(path: str) -> Layout:
-    """List a data set's folder; ``embedded`` is the one that ships with the package."""
+def path_option(path: str, config: DataConfig) -> str:
+    """The option that names this path."""
+    others = ("distillation_path", "validation_path")
+    return next((f"data.{name}" for name in others if getattr(config, name) == path), "data.path")
+
+
+def find_layout(path: str, option: str = "data.path") -> Layout:
+    """List the folder that ``option`` names; ``embedded`` is the package's own."""
     root = Path(str(resources.files("foldcore.data") / "embedded")) if path == "embedded" else None
     root = root or Path(path).expanduser()
     if not root.is_dir():
-        raise DataError(root, None, "no such folder (data.path)")
+        raise DataError(root, None, f"no such folder ({option})")
     structures = dict(_structures(root))
     alignments = {
         entry.name: entry.path

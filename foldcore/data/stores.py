@@ -15,7 +15,7 @@ from pathlib import Path
 
 from foldcore.config import DataConfig
 from foldcore.data.inventory import Inventory, resolve, take_inventory
-from foldcore.data.layout import find_layout
+from foldcore.data.layout import find_layout, path_option
 from foldcore.data.prepare import Settings, fingerprint
 from foldcore.data.store import MANIFEST, is_store
 from foldcore.data.worker import child_environment
@@ -34,7 +34,7 @@ def find_store(path: str, config: DataConfig, say: Say) -> str:
     is_url = "://" in path
     if config.pack == "never" or (not is_url and is_store(path)):
         return path
-    is_readable = not is_url and _is_readable(path)
+    is_readable = not is_url and _is_readable(path, path_option(path, config))
     inventory = take_inventory([path])
     few = len(inventory.alignments) <= (PACK_ABOVE if is_readable else 0)
     if config.pack == "auto" and few:
@@ -54,9 +54,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TWINFOLD_CACHE") or Path.home() / ".cache" / "twinfold")
 
 
-def _is_readable(path: str) -> bool:
+def _is_readable(path: str, option: str) -> bool:
     """Whether it has a form that can be trained from as it is."""
-    layout = find_layout(path)
+    layout = find_layout(path, option)
     return bool(layout.structures and layout.alignments)
 
 
