@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from foldcore.config import Config, load
+from foldcore.config import Config
 from parity.case import Case
 from parity.network_cases import PASSES
+from parity.options import configuration
 from parity.step_cases import StepCases
 from parity.step_runs import batches, some_way_on
 from parity.tracks import Arrays
@@ -14,15 +15,6 @@ from parity.tracks import Arrays
 LOOK_AT = 12  # examples of the loader of which the longest is taken
 NETWORK_RUNS, STEP_RUNS = 3, 4  # that measure noise, in each track
 STEP_PASSES = 1  # of recycling in the optimiser step
-
-
-def configuration(path: str, overrides: Sequence[str]) -> Config:
-    """The network of a file, on the embedded proteins, one example a step, with exact products."""
-    own = ["data.path=embedded", "data.workers=0", "data.accept_unknown=true", "train.batch_size=1"]
-    own += ["model.matmul_precision=ieee", "train.cuda_graphs=false", "train.compile=none"]
-    own += ["data.distillation_path=", "train.max_recycling_iters=3"]
-    own += ["model.recompute=block", "model.unroll=false"]  # float64 has to fit, and to compile
-    return load(path, [*own, *overrides])
 
 
 @dataclass(frozen=True)

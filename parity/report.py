@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from parity import page
+from parity import page, records
 from parity.options import LEVELS
 
 WIDTH = 120
@@ -17,7 +17,7 @@ ABSENT = "DeepMind's code is not installed (make oracle): the tracks are compare
 
 def merge(parts: list[dict[str, Any]], seconds: float, complete: bool = True) -> dict[str, Any]:
     """The reports of all processes as one."""
-    environment: dict[str, Any] = {}
+    environment = records.environment()
     for part in parts:
         environment |= part["environment"]
     curves = {name: curve for part in parts for name, curve in part["curves"].items()}
@@ -30,12 +30,14 @@ def merge(parts: list[dict[str, Any]], seconds: float, complete: bool = True) ->
 
 
 def write_json(result: dict[str, Any], folder: Path) -> Path:
-    """report.json, whole at any moment."""
+    """report.json, whole at any moment; of a run that goes on, no page of an earlier one stays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
     half = folder / "report.json.half"
     half.write_text(json.dumps(result, indent=1, allow_nan=True) + "\n", encoding="utf-8")
     os.replace(half, path)
+    if not result["environment"]["complete"]:
+        (folder / "index.html").unlink(missing_ok=True)
     return path
 
 
@@ -78,7 +80,7 @@ def table(title: str, cases: list[dict[str, Any]]) -> Table:
         errors = (number(case[key]) for key in ("error_jax", "error_torch", "difference"))
         verdict = "[green]passed[/green]" if case["passed"] else "[red]FAILED[/red]"
         ratio, limit = number(case["ratio"]), number(case.get("limit"))
-        seconds = f"{case['seconds']:.1f}" if "seconds" in case else "-"
+        seconds = "-" if case.get("seconds") is None else f"{case['seconds']:.1f}"
         found.add_row(case["name"], case["dtype"], *errors, ratio, limit, seconds, verdict)
     return found
 

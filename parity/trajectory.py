@@ -16,6 +16,7 @@ from foldcore.config import Config
 from parity.case import Setting
 from parity.judge import Row, Verdict
 from parity.noise import FLOORS, ROUNDING, perturb
+from parity.options import FEWEST_STEPS
 from parity.step_runs import SMALL, Program, program, some_way_on
 from parity.tracks import TRUNK, Arrays
 from parity.variety import varied
@@ -24,7 +25,6 @@ NAME = "training run"
 METRICS = ("loss/total", "grad_norm")
 # a run of many steps drifts by a factor of fifty more or less than an equal one: few say little
 PERTURBED_RUNS, QUICK_RUNS = 8, 4
-FIRST_STEPS = 10  # few numbers say little; a fault shows at once
 LONGEST = 10_000  # steps; arrays that are longer are no curves
 PACKAGES = {"jax": "jaxfold", "torch": "torchfold"}
 Curves = dict[str, np.ndarray]
@@ -95,7 +95,8 @@ class Trajectory:
     def notices(self, name: str, found: dict[str, Curves], runs: list[Curves]) -> bool:
         """Whether the same comparison fails once one track draws other dropout masks."""
         few = [
-            {**batch, "example_id": batch["example_id"] + 1} for batch in self.batches[:FIRST_STEPS]
+            {**batch, "example_id": batch["example_id"] + 1}
+            for batch in self.batches[:FEWEST_STEPS]
         ]
         broken = {**found, name: self.run(name, self.start, few)}
         short = {track: cut(curves) for track, curves in broken.items()}
@@ -122,10 +123,10 @@ def distances(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """
     square = np.square(np.asarray(one, np.float64) - two)
     shares = np.cumsum(square) / np.arange(1, square.size + 1)
-    found = np.sqrt(shares[-1:] if square.size > LONGEST else shares[FIRST_STEPS - 1 :])
+    found = np.sqrt(shares[-1:] if square.size > LONGEST else shares[FEWEST_STEPS - 1 :])
     return np.where(np.isfinite(found), found, np.inf)
 
 
 def cut(curves: Curves) -> Curves:
     """The first steps of what is logged."""
-    return {name: curves[name][:FIRST_STEPS] for name in METRICS}
+    return {name: curves[name][:FEWEST_STEPS] for name in METRICS}

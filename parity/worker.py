@@ -6,26 +6,22 @@ python -m parity.worker OPTIONS    OPTIONS is the JSON of ``parity.options``; se
 import gc
 import json
 import os
-import platform
 import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import torch
 
-from parity import ladder, trajectory
-from parity.case import Setting
+from parity import ladder, records, trajectory
+from parity.case import Case, Setting
 from parity.examination import examine
 from parity.options import Options
 from parity.oracle import shim
-
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "numpy")
 
 
 def main(options: Options) -> None:
@@ -35,14 +31,15 @@ def main(options: Options) -> None:
     gc.set_threshold(100_000)  # tracing makes many objects that stay: looking for others takes long
     entries: list[dict[str, Any]] = []
     curves: dict[str, Any] = {}
-    around = environment()
+    result = {"cases": entries, "curves": curves, "environment": environment()}
+    result["names"] = names(options)
+    write(options, result)
     start = time.perf_counter()
     for entry in verdicts(options, curves):
         entry["seconds"], start = round(time.perf_counter() - start, 2), time.perf_counter()
         entries.append(entry)
         print(line(entry), flush=True)
-        write(options, {"cases": entries, "curves": curves, "environment": around})
-    write(options, {"cases": entries, "curves": curves, "environment": around})
+        write(options, result)
 
 
 def write(options: Options, result: dict[str, Any]) -> None:
@@ -68,13 +65,23 @@ def configure(options: Options) -> None:
         torch.set_num_threads(1)
 
 
+def chosen(options: Options) -> list[Case]:
+    """The cases of these levels and this precision."""
+    found = ladder.cases(options)
+    return [case for case in found if case.level in options.levels and options.dtype in case.dtypes]
+
+
+def names(options: Options) -> list[str]:
+    """Of all that a pattern can choose from."""
+    run = [trajectory.NAME] if ladder.trains(options) else []
+    return [name for case in chosen(options) for name in case.names()] + run
+
+
 def verdicts(options: Options, curves: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The report's entries; one that says why, where a case breaks down. Fills ``curves``."""
-    setting = Setting(options.dtype, options.device, implementation(options))
+    setting = Setting(options.dtype, options.device, options.implementation)
     wanted, say = re.compile(options.pattern).search, progress if options.config else str
-    for case in ladder.cases(options):
-        if case.level not in options.levels or options.dtype not in case.dtypes:
-            continue
+    for case in chosen(options):
         try:
             for verdict in examine(case, setting, shim.available(), wanted, say):
                 yield verdict.entry()
@@ -90,19 +97,10 @@ def verdicts(options: Options, curves: dict[str, Any]) -> Iterator[dict[str, Any
             yield failure(trajectory.NAME, 4, options.dtype, error)
 
 
-def implementation(options: Options) -> str:
-    """Of the operations, if an override names one."""
-    named = [o.partition("=") for o in options.overrides]
-    found = [value.strip("'\"") for key, _, value in named if key == "model.implementation"]
-    return found[-1] if found else "reference"
-
-
 def failure(name: str, level: int, dtype: str, error: Exception) -> dict[str, Any]:
     """The entry of a case that could not be judged."""
     traceback.print_exception(error)
-    unknown = dict.fromkeys(("error_jax", "error_torch", "difference", "ratio"))
-    entry = {"name": name, "level": level, "dtype": dtype, "passed": False}
-    return {**entry, **unknown, "reason": f"{type(error).__name__}: {error}"}
+    return records.unjudged(name, level, dtype, f"{type(error).__name__}: {error}")
 
 
 def progress(text: str) -> None:
@@ -123,23 +121,10 @@ def line(entry: dict[str, Any]) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware of this process, and whether DeepMind's code took part."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        **{name: metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": processor(),
+    return records.environment() | {
         "jax devices": sorted({f"{d.platform} {d.device_kind}" for d in jax.devices()}),
-        "torch device": gpu,
-        "oracle": f"alphafold {metadata.version('alphafold')}" if shim.available() else None,
+        "torch device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def processor() -> str:
-    """The model of the CPU, as Linux names it."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = re.findall(r"model name\s*:\s*(.*)", text)
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":
