@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
     if result["cases"]:
         report.write(result, out)
     if not complete:
-        print("interrupted: the report has what was done", file=sys.stderr)
+        done = "the report has what was done" if result["cases"] else "no case was done"
+        print(f"interrupted: {done}", file=sys.stderr)
         return INTERRUPTED
     return 0 if all(case["passed"] for case in result["cases"]) else 1
 

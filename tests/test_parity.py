@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity import compare, page, report
+from parity import compare, page, records, report, workers
 from parity.case import Case, Run, Setting, flip, scale
 from parity.examination import examine
 from parity.judge import Verdict
@@ -20,7 +20,6 @@ from parity.tracks import Arrays
 from tests import parity_runs
 
 SIZE = 64
-KEYS = {"name", "level", "dtype", "passed", "error_jax", "error_torch", "difference", "ratio"}
 Fault = Callable[[np.ndarray], np.ndarray]
 
 
@@ -172,20 +171,14 @@ def test_a_wrong_case_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert compare.main(["--out", str(tmp_path), "--case", "nothing"]) == 2
 
 
-def test_a_process_that_dies_is_a_case_that_failed(tmp_path: Path) -> None:
-    job = Options("float32", config=str(tmp_path / "missing.toml"))
-    (part,) = compare.run([job], tmp_path, at_once=1)
-    assert not part["cases"][0]["passed"] and "status 1" in part["cases"][0]["reason"]
-
-
 def test_what_a_process_wrote_before_it_died_is_reported(tmp_path: Path) -> None:
     entry = judged(case(), "float32").entry()
     part = {"cases": [entry], "curves": {}, "environment": {}}
     (path := tmp_path / "float32.json").write_text(json.dumps(part))
     job = Options("float32")
-    going = compare.written(job, path, None)
+    going = workers.written(job, path, "")
     assert going["cases"] == [entry] and going["dtype"] == "float32"
-    dead = compare.written(job, path, compare.died(job, -9))
+    dead = workers.written(job, path, "it died")
     assert [each["passed"] for each in dead["cases"]] == [True, False]
     report.write_json(report.merge([going], 1.0, complete=False), tmp_path)
     assert not json.loads((tmp_path / "report.json").read_text())["environment"]["complete"]
@@ -198,7 +191,7 @@ def test_report_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     report.write(report.merge([part], 1.0), tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert written.keys() >= {"cases", "environment"}
-    assert all(KEYS <= entry.keys() for entry in written["cases"])
+    assert all(set(records.KEYS) - {"seconds"} <= entry.keys() for entry in written["cases"])
     text = (tmp_path / "index.html").read_text()
     assert text.count("<svg") == 2 and "product" in text and "training run float32" in text
     assert not re.search(r"(src|href)=|url\(|@import|<script", text)  # nothing is loaded
