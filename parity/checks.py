@@ -10,7 +10,7 @@ from typing import Any
 
 from foldcore.config import load
 from foldcore.kernels.launch import NEEDS_GPU
-from parity.options import FEWEST_STEPS, IMPLEMENTATION, Options, configuration
+from parity.options import FEWEST_STEPS, FULL_SIZE_LEVELS, IMPLEMENTATION, Options, configuration
 
 DRIVER = "libcuda.so.1"
 SHOWN = 8  # names, where none was found
@@ -42,6 +42,8 @@ def check_pattern(pattern: str) -> None:
 def check_configuration(job: Options) -> None:
     """The file, every override, and that each of them counts."""
     if job.config:
+        if not FULL_SIZE_LEVELS.issuperset(job.levels):
+            raise Refused("--config: only levels 2 and 3 have the size of a configuration")
         configuration(job.config, job.overrides)
         return
     load(os.devnull, job.overrides)

@@ -23,12 +23,11 @@ from typing import Any
 from foldcore.config import ConfigError
 from parity import report
 from parity.checks import Refused, check, nothing_found
-from parity.options import DTYPES, FEWEST_STEPS, LEVELS, Options
+from parity.options import DTYPES, FEWEST_STEPS, FULL_SIZE_LEVELS, LEVELS, Options
 from parity.workers import Parts, collect, run
 
 STEPS, QUICK_STEPS = 100, 12
 FULL_SIZE = "configs/initial_training.toml"
-FULL_SIZE_LEVELS = {2, 3}
 WHOLE, PART = "runs/parity", "runs/parity/part"
 INTERRUPTED = 128 + signal.SIGINT
 

@@ -12,6 +12,7 @@ LEVELS = {
     3: "one optimiser step",
     4: "a training run",
 }
+FULL_SIZE_LEVELS = frozenset({2, 3})  # with the size of a configuration
 FEWEST_STEPS = 10  # of the training run: few numbers say little; a fault shows at once
 IMPLEMENTATION = "model.implementation"  # the one key that counts at reduced size as well
 

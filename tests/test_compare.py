@@ -37,6 +37,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--config", "README.md"], "README.md: not valid TOML"),
         (["--config", "configs/demo.toml", "model.c_zz=3"], "unknown key 'model.c_zz'"),
         (["--config", "configs/demo.toml", "model.c_z=-3"], "must be at least 1"),
+        (["--config", "configs/demo.toml", "--level", "4"], "only levels 2 and 3"),
         (["model.c_zz=3"], "did you mean 'model.c_z'?"),
         (["model.c_z=wide"], "expected int"),
         (["model.c_z=64"], "without --config only model.implementation can be set"),
