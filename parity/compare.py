@@ -104,9 +104,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def default_folder(arguments: argparse.Namespace) -> str:
-    """A part, or another comparison, never replaces the report of the full run."""
+    """A part, or another comparison, never replaces the report of a full run."""
     given = {key for key, value in vars(arguments).items() if value and key != "out"}
-    return WHOLE if given == {"device"} and arguments.device == "cpu" else PART
+    return WHOLE if given == {"device"} else PART
 
 
 def plan(arguments: argparse.Namespace) -> list[Options]:

@@ -125,7 +125,8 @@ def test_without_a_case_nothing_is_written(
         (["--level", "1"], "runs/parity/part"),
         (["--dtype", "float32"], "runs/parity/part"),
         (["--quick"], "runs/parity/part"),
-        (["--device", "gpu"], "runs/parity/part"),
+        (["--device", "gpu"], "runs/parity"),
+        (["--device", "gpu", "--level", "2"], "runs/parity/part"),
         (["--steps", "12"], "runs/parity/part"),
     ],
 )
