@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from foldcore.archives import cut_in_npz
+
 PREFIX = "alphafold/alphafold_iteration/"
 
 _TEMPLATE_STACK = "template_embedding/single_template_embedding/template_pair_stack"
@@ -79,6 +81,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     except ParameterFileError:
         raise
     except zipfile.BadZipFile as error:
+        if not zipfile.is_zipfile(path) and (place := cut_in_npz(path)):
+            raise ParameterFileError(f"{path}: cut short {place}") from None
         raise ParameterFileError(f"{path}: cut short, damaged, or no .npz: {error}") from None
     # RuntimeError: encrypted, NotImplementedError: an unknown compression
     except (OSError, EOFError, zlib.error, RuntimeError) as error:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from foldcore import checkpoint, openfold
+from foldcore.archives import cut_in_safetensors
 from foldcore.checkpoint import CheckpointError
 from foldcore.config import Config, ConfigError, DataConfig, ModelConfig, dumps, load
 from foldcore.deepmind import ParameterFileError, check_finite, read_npz, write_npz
@@ -104,7 +105,7 @@ def _read_folder(path: Path) -> Stored:
     if newest := checkpoint.list_checkpoints(path / "checkpoints"):
         path = newest[0][1]
     if (path / checkpoint.METADATA).exists():
-        found = checkpoint.read(path)
+        found = _read_checkpoint(path)
         note = f"averaged weights of step {found.step}"
         return Stored(path, "twinfold checkpoint", _section(found.tensors, "ema"), note)
     if (path / "latest").exists():  # DeepSpeed's pointer to its newest checkpoint
@@ -113,7 +114,21 @@ def _read_folder(path: Path) -> Stored:
     raise ParameterFileError(f"{path}: neither a run, nor a checkpoint, nor one of DeepSpeed's")
 
 
+def _read_checkpoint(path: Path) -> checkpoint.Checkpoint:
+    try:
+        return checkpoint.read(path)
+    except checkpoint.DamagedCheckpointError:
+        _refuse_cut(path / checkpoint.TENSORS)
+        raise
+
+
+def _refuse_cut(path: Path) -> None:
+    if name := cut_in_safetensors(path):
+        raise ParameterFileError(f"{path}: cut short: array {name!r} is not whole")
+
+
 def _read_safetensors(path: Path) -> Stored:
+    _refuse_cut(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:

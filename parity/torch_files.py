@@ -1,6 +1,8 @@
 """OpenFold's files: state dicts, and the training checkpoints around them, without unpickling."""
 
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # the error only: nothing is unpickled
@@ -38,6 +40,7 @@ def write_state_dict(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _load(path: Path) -> Any:
+    _check_members(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -52,6 +55,26 @@ def _load(path: Path) -> Any:
     except Exception as error:  # of a damaged file, torch may raise anything
         reason = str(error).partition("\n")[0]
         raise ParameterFileError(f"{path}: cannot be read: {reason}") from None
+
+
+def _check_members(path: Path) -> None:
+    """Refuse a zip file that is cut short or altered: torch's reader looks at no checksum."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\3\4":  # before PyTorch 1.6, files were no zip files
+                return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile:
+        reason = "the table of contents at its end cannot be read"
+        raise ParameterFileError(f"{path}: cut short or damaged: {reason}") from None
+    # RuntimeError: encrypted, NotImplementedError: an unknown compression
+    except (OSError, EOFError, zlib.error, RuntimeError) as error:
+        raise ParameterFileError(f"{path}: cannot be read: {error}") from None
+    if damaged is not None:
+        raise ParameterFileError(
+            f"{path}: damaged: its member {damaged!r} does not match its checksum (CRC-32)"
+        )
 
 
 def _weights(tree: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], str]:

@@ -389,9 +389,9 @@ def test_damaged_files_are_refused(tmp_path: Path, ending: str) -> None:
         path.write_bytes(content)
         with pytest.raises(params.EXPECTED, match=f"x{ending}: "):
             load(path)
-    if ending == ".npz":  # the only one with checksums that are looked at
+    if ending != ".safetensors":  # which has no checksums
         path.write_bytes(changed)
-        with pytest.raises(params.EXPECTED, match="CRC"):
+        with pytest.raises(params.EXPECTED, match="CRC-32"):
             load(path)
 
 
