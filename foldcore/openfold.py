@@ -7,7 +7,8 @@ neither (the first), and triangle multiplications with one projection for both o
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -279,17 +280,19 @@ def from_openfold(
     return {name: _from_torch(name, shape, arrays) for name, shape, _ in layout}
 
 
-def identify(arrays: Mapping[str, np.ndarray], pointwise_heads: int | None = None) -> ModelConfig:
+def identify(arrays: Mapping[str, np.ndarray]) -> ModelConfig:
     """The network that a state dict with the current names belongs to, by its shapes."""
 
-    def matrix(name: str) -> tuple[int, ...] | None:
-        array = arrays.get(openfold_key(name, 0))
-        return array.shape[::-1] if array is not None and array.ndim == 2 else None
-
-    def blocks(stack: str) -> int | None:
+    def blocks(stack: str) -> Iterable[int]:
         prefix = STACKS[stack] + "."
-        numbers = {k[len(prefix) :].split(".")[0] for k in arrays if k.startswith(prefix)}
-        return len(numbers) or None
+        layers = (key[len(prefix) :].partition(".") for key in arrays if key.startswith(prefix))
+        return Counter(leaf for _, _, leaf in layers).values()
+
+    def matrices(name: str) -> list[tuple[int, ...]]:
+        stack = stack_of(name)
+        layers = range(max(blocks(stack), default=0)) if stack else [None]
+        found = [arrays.get(openfold_key(name, layer)) for layer in layers]
+        return [array.shape[::-1] for array in found if array is not None and array.ndim]
 
     # as in DeepMind's names: what tells the variants apart
     names = []
@@ -297,7 +300,7 @@ def identify(arrays: Mapping[str, np.ndarray], pointwise_heads: int | None = Non
         names.append("evoformer/template_projection//weights")
     if any(key.startswith("aux_heads.tm.") for key in arrays):
         names.append("predicted_aligned_error_head/logits//weights")
-    return infer_sizes(names, matrix, blocks, pointwise_heads)
+    return infer_sizes(names, matrices, lambda name: [], blocks)  # heads are not an axis
 
 
 def _to_torch(name: str, array: np.ndarray) -> np.ndarray:

@@ -1,71 +1,92 @@
-"""Which network a set of parameters belongs to: its sizes, read off the shapes of some arrays.
+"""Which network a set of parameters belongs to: its sizes, read off the shapes of its arrays.
 
-Only shapes are looked at, so a file is identified before any of it is believed. Every projection
-counts as a matrix of (inputs, outputs), whatever axes its format gives it.
+Only shapes are looked at, so a file is identified before any of it is believed. Each size is read
+off several arrays and is what most of them say, so that one wrong array is found to disagree. Every
+projection counts as a matrix of (inputs, outputs), whatever axes its format gives it.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from foldcore.config import ModelConfig
 from foldcore.deepmind import EVOFORMER_STACK, EXTRA_MSA_STACK, TEMPLATE_STACK, detect_variant
 
-Matrix = Callable[[str], tuple[int, ...] | None]  # name of a projection -> (inputs, outputs)
+# name of an array -> its (inputs, outputs), or (size,) of a vector; once for each layer where the
+# layers of a stack are separate arrays
+Matrices = Callable[[str], list[tuple[int, ...]]]
+# name of a projection to all heads -> the number of heads, where its axes tell
+Heads = Callable[[str], list[int]]
 
 STACKS = (EVOFORMER_STACK, EXTRA_MSA_STACK, TEMPLATE_STACK)
+
+
+def _linear(*scopes: str) -> tuple[str, ...]:
+    return tuple(f"{scope}//{leaf}" for scope in scopes for leaf in ("weights", "bias"))
+
+
 _IPA = "structure_module/fold_iteration/invariant_point_attention"
-# field -> the parameter whose outputs it counts; of a stack, one layer's
+_SIDECHAIN = "structure_module/fold_iteration/rigid_sidechain"
+_TEMPLATES = "evoformer/template_embedding"
+_TRIANGLE = "triangle_multiplication_outgoing"
+# field -> the parameters whose outputs it counts; of a stack, one layer's
 _OUTPUTS = {
-    "c_m": "evoformer/preprocess_msa//weights",
-    "c_z": "evoformer/left_single//weights",
-    "c_s": "evoformer/single_activations//weights",
-    "c_e": "evoformer/extra_msa_activations//weights",
-    "c_t": "evoformer/template_embedding/single_template_embedding/embedding2d//weights",
-    "msa_heads": f"{EVOFORMER_STACK}/msa_row_attention_with_pair_bias//feat_2d_weights",
-    "extra_msa_heads": f"{EXTRA_MSA_STACK}/msa_row_attention_with_pair_bias//feat_2d_weights",
-    "pair_heads": f"{EVOFORMER_STACK}/triangle_attention_starting_node//feat_2d_weights",
-    "template_pair_heads": f"{TEMPLATE_STACK}/triangle_attention_starting_node//feat_2d_weights",
-    "outer_product_hidden": f"{EVOFORMER_STACK}/outer_product_mean/left_projection//weights",
-    "triangle_hidden": f"{EVOFORMER_STACK}/triangle_multiplication_outgoing/left_gate//weights",
-    "template_triangle_hidden": (
-        f"{TEMPLATE_STACK}/triangle_multiplication_outgoing/left_gate//weights"
+    "c_m": _linear("evoformer/preprocess_msa", "evoformer/preprocess_1d"),
+    "c_z": _linear("evoformer/left_single", "evoformer/right_single"),
+    "c_s": _linear("evoformer/single_activations", "structure_module/initial_projection"),
+    "c_e": _linear(
+        "evoformer/extra_msa_activations", f"{EXTRA_MSA_STACK}/msa_transition/transition2"
     ),
-    "ipa_heads": f"{_IPA}/attention_2d//weights",
-    "sidechain_channels": (
-        "structure_module/fold_iteration/rigid_sidechain/input_projection//weights"
+    "c_t": _linear(
+        f"{_TEMPLATES}/single_template_embedding/embedding2d",
+        f"{TEMPLATE_STACK}/pair_transition/transition2",
     ),
-    "plddt_channels": "predicted_lddt_head/act_0//weights",
+    "outer_product_hidden": _linear(
+        f"{EVOFORMER_STACK}/outer_product_mean/left_projection",
+        f"{EVOFORMER_STACK}/outer_product_mean/right_projection",
+    ),
+    "triangle_hidden": _linear(
+        f"{EVOFORMER_STACK}/{_TRIANGLE}/left_gate", f"{EVOFORMER_STACK}/{_TRIANGLE}/right_gate"
+    ),
+    "template_triangle_hidden": _linear(
+        f"{TEMPLATE_STACK}/{_TRIANGLE}/left_gate", f"{TEMPLATE_STACK}/{_TRIANGLE}/right_gate"
+    ),
+    "ipa_heads": (*_linear(f"{_IPA}/attention_2d"), f"{_IPA}//trainable_point_weights"),
+    "sidechain_channels": _linear(
+        f"{_SIDECHAIN}/input_projection", f"{_SIDECHAIN}/input_projection_1"
+    ),
+    "plddt_channels": _linear("predicted_lddt_head/act_0", "predicted_lddt_head/act_1"),
 }
-# width of a head -> (number of heads, the projection to all heads)
-_HEAD_WIDTHS = {
-    "msa_head_dim": (
-        "msa_heads",
-        f"{EVOFORMER_STACK}/msa_row_attention_with_pair_bias/attention//query_w",
+# fields <kind>_heads and <kind>_head_dim -> the scopes around the attentions of that kind
+_ATTENTIONS = {
+    "msa": (
+        f"{EVOFORMER_STACK}/msa_row_attention_with_pair_bias",
+        f"{EVOFORMER_STACK}/msa_column_attention",
     ),
-    "extra_msa_head_dim": (
-        "extra_msa_heads",
-        f"{EXTRA_MSA_STACK}/msa_row_attention_with_pair_bias/attention//query_w",
+    "extra_msa": (f"{EXTRA_MSA_STACK}/msa_row_attention_with_pair_bias",),
+    "pair": (
+        f"{EVOFORMER_STACK}/triangle_attention_starting_node",
+        f"{EVOFORMER_STACK}/triangle_attention_ending_node",
     ),
-    "pair_head_dim": (
-        "pair_heads",
-        f"{EVOFORMER_STACK}/triangle_attention_starting_node/attention//query_w",
+    "template_pair": (
+        f"{TEMPLATE_STACK}/triangle_attention_starting_node",
+        f"{TEMPLATE_STACK}/triangle_attention_ending_node",
     ),
-    "template_pair_head_dim": (
-        "template_pair_heads",
-        f"{TEMPLATE_STACK}/triangle_attention_starting_node/attention//query_w",
-    ),
-    "ipa_scalar_dim": ("ipa_heads", f"{_IPA}/q_scalar//weights"),
-    "ipa_query_points": ("ipa_heads", f"{_IPA}/q_point_local//weights"),
-    "ipa_value_points": ("ipa_heads", f"{_IPA}/kv_point_local//weights"),
+    "template_pointwise": (_TEMPLATES,),
 }
-_FACTORS = {
-    "transition_factor": f"{EVOFORMER_STACK}/pair_transition/transition1//weights",
-    "template_transition_factor": f"{TEMPLATE_STACK}/pair_transition/transition1//weights",
+_UNBIASED = ("/msa_column_attention", "/template_embedding")  # by pairs
+_PROJECTIONS = ("query_w", "key_w", "value_w", "gating_w", "gating_b")  # to all heads
+_TRANSITIONS = {
+    "transition_factor": (
+        f"{EVOFORMER_STACK}/msa_transition",
+        f"{EVOFORMER_STACK}/pair_transition",
+        f"{EXTRA_MSA_STACK}/msa_transition",
+        f"{EXTRA_MSA_STACK}/pair_transition",
+    ),
+    "template_transition_factor": (f"{TEMPLATE_STACK}/pair_transition",),
 }
-POINTWISE_QUERY = "evoformer/template_embedding/attention//query_w"
 
 
 def stack_of(name: str) -> str | None:
@@ -86,53 +107,98 @@ def matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def identify(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
     """The network that parameters with DeepMind's names belong to, by their shapes."""
 
-    def matrix(name: str) -> tuple[int, ...] | None:
-        shape = shapes.get(name, ())[1 if stack_of(name) else 0 :]
-        return matrix_shape(name, shape) if len(shape) > 1 else None
+    def layer(name: str) -> tuple[int, ...]:
+        return shapes.get(name, ())[1 if stack_of(name) else 0 :]
 
-    def blocks(stack: str) -> int | None:
-        lengths = Counter(shape[0] for name, shape in shapes.items() if stack_of(name) == stack)
-        return lengths.most_common(1)[0][0] if lengths else None
+    def matrices(name: str) -> list[tuple[int, ...]]:
+        return [matrix_shape(name, shape)] if (shape := layer(name)) else []
 
-    query = shapes.get(POINTWISE_QUERY, ())
-    return infer_sizes(shapes.keys(), matrix, blocks, query[1] if len(query) == 3 else None)
+    def heads(name: str) -> list[int]:  # [c heads dim], a bias [heads dim]
+        shape = layer(name)
+        return [shape[-2]] if len(shape) == (2 if name.endswith("_b") else 3) else []
+
+    def blocks(stack: str) -> list[int]:
+        return [shape[0] for name, shape in shapes.items() if shape and stack_of(name) == stack]
+
+    return infer_sizes(shapes.keys(), matrices, heads, blocks)
 
 
 def infer_sizes(
     names: Collection[str],
-    matrix: Matrix,
-    blocks: Callable[[str], int | None],
-    pointwise_heads: int | None,
+    matrices: Matrices,
+    heads: Heads,
+    blocks: Callable[[str], Iterable[int]],
 ) -> ModelConfig:
-    """Sizes by which the arrays make sense; where one is missing, the published size.
+    """Sizes by which most arrays make sense; where those are missing, the published size.
 
-    ``blocks`` counts the layers of a stack. The heads of the pointwise attention over templates
-    cannot be told from a matrix: ``pointwise_heads``, or the published number.
+    ``blocks`` counts the layers of a stack, once for each of its parameters. The heads of the
+    pointwise attention over templates cannot be told from matrices: without ``heads`` of its
+    projections, the published number.
     """
     templates, pae = detect_variant(names)
-    config = ModelConfig(templates_enabled=templates, pae_enabled=pae)
-    found = {field: size[1] for field, name in _OUTPUTS.items() if (size := matrix(name))}
-    for field, (heads, name) in _HEAD_WIDTHS.items():
-        if (size := matrix(name)) and heads in found:
-            found[field] = size[1] // max(found[heads], 1)
-    for field in ("ipa_query_points", "ipa_value_points"):
-        if field in found:
-            found[field] //= 3  # coordinates
-    # one projection makes the key points and the value points
-    if "ipa_value_points" in found:
-        found["ipa_value_points"] -= found.get("ipa_query_points", config.ipa_query_points)
-    for field, name in _FACTORS.items():
-        if size := matrix(name):
-            found[field] = size[1] // max(size[0], 1)
-    if size := matrix("evoformer/pair_activiations//weights"):
-        found["max_relative_position"] = (size[0] - 1) // 2
-    if size := matrix(POINTWISE_QUERY):
-        count = pointwise_heads or config.template_pointwise_heads
-        found["template_pointwise_heads"] = count
-        found["template_pointwise_head_dim"] = size[1] // count
+    sizes = _Sizes(ModelConfig(templates_enabled=templates, pae_enabled=pae), matrices)
+    for field, arrays in _OUTPUTS.items():
+        sizes.vote(field, sizes.outputs(*arrays))
+    for kind, scopes in _ATTENTIONS.items():
+        _infer_attention(sizes, heads, kind, scopes)
+    for field, scopes in _TRANSITIONS.items():
+        wide = [s for scope in scopes for s in matrices(f"{scope}/transition1//weights")]
+        narrow = [s[::-1] for scope in scopes for s in matrices(f"{scope}/transition2//weights")]
+        sizes.vote(field, (_exact(s[-1], s[0]) for s in wide + narrow))
+    _infer_points(sizes)
+    relative = matrices("evoformer/pair_activiations//weights")
+    sizes.vote("max_relative_position", (_exact(shape[0] - 1, 2) for shape in relative))
     counts = ("evoformer_blocks", "extra_msa_blocks", "template_blocks")
     for field, stack in zip(counts, STACKS, strict=True):
-        if layers := blocks(stack):
-            found[field] = layers
-    sizes: dict[str, Any] = {field: max(size, 1) for field, size in found.items()}
-    return replace(config, **sizes)
+        sizes.vote(field, blocks(stack))
+    return sizes.config
+
+
+class _Sizes:
+    """The sizes found so far, in a configuration that begins as the published one."""
+
+    def __init__(self, config: ModelConfig, matrices: Matrices) -> None:
+        self.config = config
+        self.matrices = matrices
+
+    def outputs(self, *names: str) -> Iterator[int]:
+        """The last axis of each of these arrays that is there."""
+        return (shape[-1] for name in names for shape in self.matrices(name))
+
+    def vote(self, field: str, candidates: Iterable[int | None]) -> None:
+        """Take the most frequent candidate; of several, the published size or the first."""
+        counts = Counter(size for size in candidates if size is not None and size > 0)
+        published = getattr(self.config, field)
+        if counts:
+            most = max(counts, key=lambda size: (counts[size], size == published))
+            sizes: dict[str, Any] = {field: most}
+            self.config = replace(self.config, **sizes)
+
+
+def _infer_attention(sizes: _Sizes, heads: Heads, kind: str, scopes: Iterable[str]) -> None:
+    projections = [f"{scope}/attention//{leaf}" for scope in scopes for leaf in _PROJECTIONS]
+    count = f"{kind}_heads"
+    biases = (f"{scope}//feat_2d_weights" for scope in scopes if not scope.endswith(_UNBIASED))
+    told = [number for name in projections for number in heads(name)]
+    sizes.vote(count, [*sizes.outputs(*biases), *told])
+    number = getattr(sizes.config, count)
+    sizes.vote(f"{kind}_head_dim", (_exact(w, number) for w in sizes.outputs(*projections)))
+
+
+def _infer_points(sizes: _Sizes) -> None:
+    """Widths of the invariant point attention; points have three coordinates."""
+    heads = sizes.config.ipa_heads
+    queries = (_exact(w, heads) for w in sizes.outputs(*_linear(f"{_IPA}/q_scalar")))
+    both = (_exact(w, 2 * heads) for w in sizes.outputs(*_linear(f"{_IPA}/kv_scalar")))
+    sizes.vote("ipa_scalar_dim", [*queries, *both])
+    points = sizes.outputs(*_linear(f"{_IPA}/q_point_local"))
+    sizes.vote("ipa_query_points", (_exact(width, 3 * heads) for width in points))
+    # one projection makes the key points and the value points
+    keys = 3 * heads * sizes.config.ipa_query_points
+    points = sizes.outputs(*_linear(f"{_IPA}/kv_point_local"))
+    sizes.vote("ipa_value_points", (_exact(width - keys, 3 * heads) for width in points))
+
+
+def _exact(size: int, parts: int) -> int | None:
+    """One of the equal parts of a size, if these are whole."""
+    return size // parts if parts > 0 and size % parts == 0 else None

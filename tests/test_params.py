@@ -389,7 +389,7 @@ def test_damaged_files_are_refused(tmp_path: Path, ending: str) -> None:
         path.write_bytes(content)
         with pytest.raises(params.EXPECTED, match=f"x{ending}: "):
             load(path)
-    if ending != ".safetensors":  # which has no checksums
+    if ending == ".npz":  # a .safetensors has no checksums; in a .pt, this byte may be padding
         path.write_bytes(changed)
         with pytest.raises(params.EXPECTED, match="CRC-32"):
             load(path)
