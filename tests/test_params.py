@@ -1,6 +1,8 @@
 """Conversion of parameters between our checkpoints, DeepMind's .npz and OpenFold's .pt."""
 
+import functools
 import math
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -369,6 +371,55 @@ def test_sizes_are_not_believed_of_one_array() -> None:
     stored = params.Stored(Path("x.npz"), "DeepMind .npz", arrays)
     with pytest.raises(ValueError, match=rf"'{name}' has shape \(49, 7\).* needs \(49, 256\)"):
         params.interpret(stored)
+
+
+PUBLISHED = ModelConfig(template_blocks=2, evoformer_blocks=4)  # but for the blocks
+ROW = "evoformer/evoformer_iteration/msa_row_attention_with_pair_bias"
+PAIR = "evoformer/evoformer_iteration/pair_transition/transition1//weights"
+
+
+@functools.cache
+def zeros(model: ModelConfig, ending: str) -> dict[str, np.ndarray]:
+    layout = Network(model).layout
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    if ending == ".pt":
+        shapes = {key: place.shape for key, place in openfold.places(layout).items()}
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def refusal(arrays: dict[str, np.ndarray], ending: str) -> str:
+    form = "OpenFold .pt" if ending == ".pt" else "DeepMind .npz"
+    with pytest.raises(params.EXPECTED) as caught:
+        params.interpret(params.Stored(Path("x"), form, arrays))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (PAIR, (4, 128, 500)),
+        (PAIR, (4, 128, 128)),
+        (f"{ROW}/attention//query_w", (4, 256, 8, 14)),
+        (f"{ROW}/attention//query_w", (4, 256, 4, 32)),
+        (f"{ROW}//feat_2d_weights", (4, 128, 4)),
+    ],
+)
+def test_the_array_that_disagrees_with_the_others_is_named(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    right = zeros(PUBLISHED, ".npz")
+    arrays = right | {name: np.broadcast_to(np.float32(0), shape)}
+    said = re.escape(f"'{name}' has shape {shape}, but this model needs {right[name].shape}")
+    assert re.search(said, refusal(arrays, ".npz"))
+
+
+@pytest.mark.parametrize("ending", [".npz", ".pt"])
+def test_half_of_any_array_is_named(ending: str) -> None:
+    right = zeros(SMALL, ending)
+    names = [name for name in right if ".blocks." not in name or ".blocks.0.msa" in name]
+    for name in names:
+        half = right[name][..., : right[name].shape[-1] // 2]
+        assert f"array {name!r} has shape {half.shape}" in refusal(right | {name: half}, ending)
 
 
 class Surprise:
