@@ -189,17 +189,17 @@ def _infer_points(sizes: _Sizes) -> None:
     """Widths of the invariant point attention; points have three coordinates."""
     heads, outputs = sizes.config.ipa_heads, sizes.matrices(f"{_IPA}/output_projection//weights")
     queries = (_exact(w, heads) for w in sizes.outputs(*_linear(f"{_IPA}/q_scalar")))
-    both = (_exact(w, 2 * heads) for w in sizes.outputs(*_linear(f"{_IPA}/kv_scalar")))
-    sizes.vote("ipa_scalar_dim", [*queries, *both])
+    keys = (_exact(w, 2 * heads) for w in sizes.outputs(*_linear(f"{_IPA}/kv_scalar")))
+    sizes.vote("ipa_scalar_dim", [*queries, *keys])
     # the output has of each head its scalars, its points with their lengths, and the pairs
     wide = [s[0] - heads * (sizes.config.ipa_scalar_dim + sizes.config.c_z) for s in outputs]
     values = [_exact(width, 4 * heads) for width in wide]
     sizes.vote("ipa_value_points", values)
     # one projection makes the key points and the value points
     both = [_exact(w, 3 * heads) or 0 for w in sizes.outputs(*_linear(f"{_IPA}/kv_point_local"))]
-    keys = [points - sizes.config.ipa_value_points for points in both]
+    rest = [points - sizes.config.ipa_value_points for points in both]
     queries = (_exact(w, 3 * heads) for w in sizes.outputs(*_linear(f"{_IPA}/q_point_local")))
-    sizes.vote("ipa_query_points", [*queries, *keys])
+    sizes.vote("ipa_query_points", [*queries, *rest])
     sizes.vote("ipa_value_points", [p - sizes.config.ipa_query_points for p in both] + values)
 
 

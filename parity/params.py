@@ -193,15 +193,20 @@ def _float32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(path: Path, parameters: Parameters) -> str:
-    """Write a new file or folder in the format that its name says; what was written."""
+def check_target(path: Path) -> None:
+    """Refuse a name that is taken, or whose ending tells no format."""
     if path.exists():
         raise ParameterFileError(f"{path}: exists already; name a new file or folder")
+    if path.suffix and path.suffix not in WRITERS:
+        raise ParameterFileError(f"{path}: ends in none of {', '.join(WRITERS)}; no ending: ours")
+
+
+def write(path: Path, parameters: Parameters) -> str:
+    """Write a new file or folder in the format that its name says; what was written."""
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.suffix:
         return _write_checkpoint(path, parameters)
-    if path.suffix not in WRITERS:
-        raise ParameterFileError(f"{path}: ends in none of {', '.join(WRITERS)}; no ending: ours")
     name, writer = WRITERS[path.suffix]
     unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
     try:
@@ -274,6 +279,7 @@ def show(file: str, *config: str) -> None:
 
 def convert(source: str, target: str, *config: str) -> None:
     """Read one format, write another."""
+    check_target(Path(target))
     stored = read(Path(source))
     found = interpret(stored, _model(config))
     print(describe(stored, found))
@@ -284,16 +290,25 @@ def _model(config: Sequence[str]) -> ModelConfig | None:
     return load(config[0], list(config[1:])).model if config else None
 
 
+def _problem(argv: list[str]) -> str:
+    """What is wrong with a command line as such; "" if nothing is."""
+    needed = {"show": ("FILE",), "convert": ("IN", "OUT")}
+    if not argv or argv[0] not in needed:
+        given = f"{argv[0]!r} is no command" if argv else "no command is given"
+        return f"{given}: give show or convert"
+    missing = needed[argv[0]][len(argv) - 1 :]
+    return f"{argv[0]}: {' and '.join(missing)} missing" if missing else ""
+
+
 def main(argv: list[str]) -> int:
     """Do what the command line says; the exit status."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    command, *rest = argv or [""]
-    needed = {"show": 1, "convert": 2}
-    if command not in needed or len(rest) < needed[command]:
-        print(__doc__, file=sys.stderr)
+    if problem := _problem(argv):
+        print(f"{__doc__}\nerror: {problem}", file=sys.stderr)
         return 2
+    command, *rest = argv
     try:
         (show if command == "show" else convert)(*rest)
     except (*EXPECTED, OSError) as error:

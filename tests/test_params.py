@@ -488,15 +488,33 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{KEY}  [48, 12]  float32" in lines and "OpenFold .pt, templates" in lines[-1]
 
     assert params.main(["convert", *arguments]) == 2  # nothing is overwritten
-    assert "b.pt: exists already" in capsys.readouterr().err
+    told, error = capsys.readouterr()
+    assert "b.pt: exists already" in error and not told  # before anything is read
     assert params.main(["convert", arguments[0], str(tmp_path / "c.bin")]) == 2
-    assert "c.bin: ends in none of .npz, .pt, .safetensors" in capsys.readouterr().err
+    told, error = capsys.readouterr()
+    assert "c.bin: ends in none of .npz, .pt, .safetensors" in error and not told
     assert params.main(["show", str(tmp_path / "absent")]) == 2
     assert "absent: cannot be read" in capsys.readouterr().err
     assert params.main(["show", str(tmp_path)]) == 2
     assert "neither a run" in capsys.readouterr().err
-    assert params.main(["convert", arguments[0]]) == 2
-    assert "convert IN OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ([], "no command is given: give show or convert"),
+        (["transform", "a"], "'transform' is no command: give show or convert"),
+        (["show"], "show: FILE missing"),
+        (["convert"], "convert: IN and OUT missing"),
+        (["convert", "a.npz"], "convert: OUT missing"),
+    ],
+)
+def test_an_incomplete_command_is_told_what_is_missing(
+    argv: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert params.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "convert IN OUT" in error and error.endswith(f"\nerror: {problem}\n")
 
 
 def test_sizes_named_by_a_configuration(tmp_path: Path) -> None:
