@@ -85,7 +85,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             raise ParameterFileError(f"{path}: cut short {place}") from None
         raise ParameterFileError(f"{path}: cut short, damaged, or no .npz: {error}") from None
     # RuntimeError: encrypted, NotImplementedError: an unknown compression
-    except (OSError, EOFError, zlib.error, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, RuntimeError, UnicodeDecodeError) as error:
         raise ParameterFileError(f"{path}: cannot be read as .npz: {error}") from None
 
 

@@ -150,7 +150,7 @@ def _is_npz(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return not any(name.endswith("data.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, RuntimeError, UnicodeDecodeError, zipfile.BadZipFile):
         return path.suffix == ".npz"  # the reader then says what is wrong
 
 

@@ -65,7 +65,7 @@ def _check_members(path: Path) -> None:
                 return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, UnicodeDecodeError):
         reason = "the table of contents at its end cannot be read"
         raise ParameterFileError(f"{path}: cut short or damaged: {reason}") from None
     # RuntimeError: encrypted, NotImplementedError: an unknown compression

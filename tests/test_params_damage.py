@@ -80,3 +80,14 @@ def test_array_at_the_cut_of_a_safetensors_is_named(tmp_path: Path, folder: bool
         assert message(path) == f"{file}: cut short: array {names[index]!r} is not whole"
     file.write_bytes(whole)
     load(path)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".npz"])
+def test_altered_name_of_a_member_is_refused(tmp_path: Path, ending: str) -> None:
+    path = written(tmp_path / f"x{ending}")
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\1\2")  # the last one of the directory
+    content[entry + 9] |= 0x08  # names are UTF-8
+    content[entry + 46] = 0xF5  # which no character begins with
+    path.write_bytes(content)
+    assert message(path).startswith(f"{path}: c")
