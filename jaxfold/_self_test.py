@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from foldcore.kernels.cases import CASES, MASKS, UPDATE, Case, MaskCase, UpdateCase
-from jaxfold import ops, optimizer
+from jaxfold import ops, optimizer, projections
 from jaxfold._triton import architecture
 from jaxfold.primitives import DropoutKey, _keep_mask
 
+MODULES = {"ops": ops, "projections": projections}
 AnyCase = Case | UpdateCase | MaskCase
 EVERY: tuple[AnyCase, ...] = (*CASES, UPDATE, MASKS)
 # the results matter here, not the time: no search for the fastest matrix products
@@ -60,17 +61,31 @@ def _run(case: Any, implementation: str, arrays: dict[str, Array]) -> Mapping[st
         if name not in case.masks
     }
 
-    def loss(leaves: dict[str, Array]) -> tuple[Array, Array]:
+    def loss(leaves: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         # in the case's order, which the arrays have lost on their way through jit
         inputs = [leaves.get(name, arrays[name]) for name in case.shapes]
-        output = getattr(ops, case.op)(*inputs, **case.options, implementation=implementation)
-        # not constant, for a constant gradient has none through a softmax
-        weights = jnp.cos(jnp.arange(output.shape[-1], dtype=jnp.float32))
-        return jnp.sum(output.astype(jnp.float32) * weights), output
+        op = getattr(MODULES[case.module], case.op)
+        outputs = _outputs(op(*inputs, **case.options, implementation=implementation))
+        return sum(map(_loss, outputs.values()), jnp.float32(0)), outputs
 
-    gradients, output = jax.grad(loss, has_aux=True)(leaves)
-    outputs = {"the output without gradient": loss(leaves)[1], "the output": output}
-    return outputs | {f"the gradient of {k}": x for k, x in gradients.items()}
+    gradients, outputs = jax.grad(loss, has_aux=True)(leaves)
+    return {
+        **{f"{name} without gradient": output for name, output in loss(leaves)[1].items()},
+        **outputs,
+        **{f"the gradient of {k}": x for k, x in gradients.items()},
+    }
+
+
+def _outputs(found: Array | tuple[Array, ...]) -> dict[str, Array]:
+    if isinstance(found, tuple):
+        return {f"output {i}": output for i, output in enumerate(found)}
+    return {"the output": found}
+
+
+def _loss(output: Array) -> Array:
+    # not constant, for a constant gradient has none through a softmax
+    weights = jnp.cos(jnp.arange(output.shape[-1], dtype=jnp.float32))
+    return jnp.sum(output.astype(jnp.float32) * weights)
 
 
 @_run.register

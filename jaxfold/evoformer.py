@@ -3,11 +3,10 @@
 Legend: s counts all MSA rows, clusters or extra sequences, and the rows of template torsions.
 """
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxfold import ops, primitives
+from jaxfold import ops, primitives, projections
 from jaxfold.primitives import (
     Attention,
     DropoutKey,
@@ -58,8 +57,10 @@ class MSARowAttentionWithPairBias(nnx.Module):
     ) -> tuple[Msa, Pair]:
         """The same, and the pair to go on with: its gradients are added in the norm's kernel."""
         x, msa = self.query_norm.with_residual(msa)
-        normal, pair = self.feat_2d_norm.with_residual(pair)
-        bias = jnp.einsum("bqkc,ch->bhqk", normal, self.feat_2d_weights[...])
+        norm = self.feat_2d_norm
+        bias, pair = projections.pair_bias(
+            pair, norm.scale[...], norm.offset[...], self.feat_2d_weights[...]
+        )
         (projected,) = self.attention.project(x)
         update = self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
         return update, pair
@@ -123,10 +124,11 @@ class OuterProductMean(nnx.Module):
         self, msa: Msa, msa_mask: Float[Array, "b s r"], pair: Pair | None = None
     ) -> tuple[Msa, Pair]:
         """The MSA to go on with, whose gradients are added in the norm's kernel; and the same."""
-        x, msa = self.layer_norm_input.with_residual(msa)
-        mask = msa_mask[..., None].astype(x.dtype)
-        left = mask * self.left_projection(x)
-        right = mask * self.right_projection(x)
+        norm, layers = self.layer_norm_input, (self.left_projection, self.right_projection)
+        linear = (array for x in layers for array in (x.weights[...], x.bias[...]))
+        left, right, msa = projections.outer_product_sides(
+            msa, msa_mask, norm.scale[...], norm.offset[...], *linear
+        )
         output = self.output_w[...], self.output_b[...]
         return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair)
 

@@ -1,10 +1,9 @@
 """Updates of the pair representation around triangles of residues (Suppl. Alg. 11-15)."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxfold import ops
+from jaxfold import ops, projections
 from jaxfold.primitives import Attention, LayerNorm, Linear, parameter
 
 
@@ -85,10 +84,12 @@ class TriangleAttention(nnx.Module):
         factor: Float[Array, "b ..."] | None = None,
         residual: bool = False,
     ) -> Float[Array, "b i j c_z"]:
-        x, pair = self.query_norm.with_residual(pair)
+        norm, weights = self.query_norm, self.feat_2d_weights[...]
         # among edges that end at a residue, query and key are where they start: the columns
-        equation, axis = ("bqkc,ch->bhqk", 2) if self.starting else ("bkqc,ch->bhqk", 1)
-        bias = jnp.einsum(equation, x, self.feat_2d_weights[...])
+        axis = 2 if self.starting else 1
+        x, bias, pair = projections.layer_norm_pair_bias(
+            pair, norm.scale[...], norm.offset[...], weights, axis=axis
+        )
         (projected,) = self.attention.project(x)
         return self.attention.within(projected, pair_mask, pair, bias, axis, factor, residual)
 

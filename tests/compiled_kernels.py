@@ -29,6 +29,8 @@ from foldcore.kernels import (
     dropout,
     layer_norm,
     linear_update,
+    norm_project,
+    norm_project_backward,
     optimizer,
     outer_product,
     rows,
@@ -83,6 +85,7 @@ def launches() -> Iterator[Launch]:
     yield outer_product.project(outer, *KIND, residual=True)
     for kernel in (outer_product.gradient, outer_product.weights):
         yield kernel(outer, *KIND)
+    yield from projections()
     yield from transitions(4 * 65536, 64, 128)
     yield from transitions(62500, 128, 512)
     yield from transitions(1000, 384, 1536)
@@ -91,6 +94,21 @@ def launches() -> Iterator[Launch]:
     yield optimizer.squares(93_000_000, KIND[1])
     yield optimizer.update(93_000_000, OptimizerConfig(), KIND[1])
     yield dropout.draw(programs=100, examples=1, total=100 * dropout.BLOCK)
+
+
+def projections() -> Iterator[Launch]:
+    """Norms with narrow projections: of rows and columns of pairs, of templates, of both MSAs."""
+    for shape, h, axis in (
+        ((1, 256, 256, 128), 8, 2),
+        ((1, 256, 256, 128), 4, 1),
+        ((4, 250, 250, 64), 4, 1),
+    ):
+        pairs, normal = norm_project.Pairs.of(shape, h, axis), h == 4
+        yield norm_project.pair_bias(pairs, *KIND, normal)
+        yield norm_project_backward.pair_bias(pairs, *KIND, normal, residual=True)
+    for n, c in ((32768, 256), (262144, 64)):
+        yield norm_project.outer_product_sides(n, c, 32, *KIND)
+        yield norm_project_backward.outer_product_sides(n, c, 32, *KIND, residual=True)
 
 
 def transitions(n: int, c: int, f: int) -> Iterator[Launch]:

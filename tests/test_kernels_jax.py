@@ -17,11 +17,21 @@ import tests.triton_interpreter  # noqa: F401
 from foldcore import dropout as definition
 from foldcore.config import ModelConfig
 from foldcore.kernels.launch import INTERPRETER, Launch
-from jaxfold import _dropout, _linear_update, _outer_product, _rows, _triangle, ops
+from jaxfold import (
+    _dropout,
+    _linear_update,
+    _outer_product,
+    _projections,
+    _rows,
+    _triangle,
+    ops,
+    projections,
+)
 from jaxfold.primitives import DropoutKey, keep_mask
 from jaxfold.step import Network
 from tests import (
     test_kernels_outer_product,
+    test_kernels_projections,
     test_kernels_rows,
     test_kernels_triangle,
     test_kernels_update,
@@ -45,7 +55,7 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_dropout, _linear_update, _outer_product, _rows, _triangle):
+    for module in (_dropout, _linear_update, _outer_product, _projections, _rows, _triangle):
         monkeypatch.setattr(module, "call", call)
         if hasattr(module, "architecture"):
             monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
@@ -132,6 +142,30 @@ def test_outer_product_mean() -> None:
     for residual in (False, True):
         case = test_kernels_outer_product.Case(5, c=8, e=4, batch=2, residual=residual)
         check(run, test_kernels_outer_product.arrays(case))
+
+
+def joined(results: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.concatenate([jnp.sin(x).mT.ravel() for x in results])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_pair_bias(axis: int) -> None:
+    def run(implementation: str, **given: jax.Array) -> jax.Array:
+        if not axis:
+            return joined(projections.pair_bias(**given, implementation=implementation))
+        options: dict[str, Any] = {"axis": axis, "implementation": implementation}
+        return joined(projections.layer_norm_pair_bias(**given, **options))
+
+    case = test_kernels_projections.Case((2, 5, 7, 24), 4, axis)
+    check(run, test_kernels_projections.arrays(case))
+
+
+def test_outer_product_sides() -> None:
+    def run(implementation: str, **given: jax.Array) -> jax.Array:
+        return joined(projections.outer_product_sides(**given, implementation=implementation))
+
+    case = test_kernels_projections.Sides((2, 5, 7, 24), 6)
+    check(run, test_kernels_projections.side_arrays(case))
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 9, 700), (1, 3)])

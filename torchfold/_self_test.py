@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from foldcore.kernels.cases import CASES, MASKS, UPDATE, Case, MaskCase, UpdateCase
-from torchfold import _compiled, ops, optimizer
+from torchfold import _compiled, ops, optimizer, projections
 from torchfold._masks import MaskPlan, Request
 from torchfold._triton import architecture, compile_ahead
 
+MODULES = {"ops": ops, "projections": projections}
 EVERY: tuple[Case | UpdateCase | MaskCase, ...] = (*CASES, UPDATE, MASKS)
 
 
@@ -39,17 +40,31 @@ def _run(case: Any, implementation: str, device: torch.device) -> Mapping[str, T
     leaves = [name for name in arrays if name not in case.masks]
     for name in leaves:
         arrays[name] = arrays[name].bfloat16().to(dtype).requires_grad_()
-    call = functools.partial(getattr(ops, case.op), **case.options, implementation=implementation)
+    op = getattr(MODULES[case.module], case.op)
+    call = functools.partial(op, **case.options, implementation=implementation)
     with torch.no_grad():
-        alone = call(*arrays.values())
+        alone = _outputs(call(*arrays.values()))
     with torch.enable_grad():
-        output = call(*arrays.values())
-        # not constant, for a constant gradient has none through a softmax
-        loss = torch.sum(output.float() * torch.cos(torch.arange(output.shape[-1], device=device)))
+        outputs = _outputs(call(*arrays.values()))
+        loss = torch.stack([_loss(output) for output in outputs.values()]).sum()
         gradients = torch.autograd.grad(loss, [arrays[name] for name in leaves])
-    return {"the output without gradient": alone, "the output": output.detach()} | {
-        f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)
+    return {
+        **{f"{name} without gradient": output for name, output in alone.items()},
+        **{name: output.detach() for name, output in outputs.items()},
+        **{f"the gradient of {n}": x for n, x in zip(leaves, gradients, strict=True)},
     }
+
+
+def _outputs(found: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    if isinstance(found, tuple):
+        return {f"output {i}": output for i, output in enumerate(found)}
+    return {"the output": found}
+
+
+def _loss(output: Tensor) -> Tensor:
+    # not constant, for a constant gradient has none through a softmax
+    weights = torch.cos(torch.arange(output.shape[-1], device=output.device))
+    return torch.sum(output.float() * weights)
 
 
 @_run.register

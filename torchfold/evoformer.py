@@ -3,13 +3,11 @@
 Legend: s counts all MSA rows, clusters or extra sequences, and the rows of template torsions.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torchfold import ops, primitives
+from torchfold import ops, primitives, projections
 from torchfold._compiled import trunk_piece
-from torchfold._products import products
 from torchfold.primitives import (
     Attention,
     DropoutKey,
@@ -61,9 +59,8 @@ class MSARowAttentionWithPairBias(nn.Module):
     ) -> tuple[Msa, Pair]:
         """The same, and the pair to go on with: its gradients are added in the norm's kernel."""
         x, msa = self.query_norm.with_residual(msa)
-        normal, pair = self.feat_2d_norm.with_residual(pair)
-        # a plain product: an einsum to [b h i j] would transpose the pair's gradient
-        bias = torch.movedim(normal @ self.feat_2d_weights, -1, 1).contiguous()
+        norm = self.feat_2d_norm
+        bias, pair = projections.pair_bias(pair, norm.scale, norm.offset, self.feat_2d_weights)
         (projected,) = self.attention.project(x)
         update = self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
         return update, pair
@@ -130,12 +127,11 @@ class OuterProductMean(nn.Module):
         self, msa: Msa, msa_mask: Float[Tensor, "b s r"], pair: Pair | None = None
     ) -> tuple[Msa, Pair]:
         """The MSA to go on with, whose gradients are added in the norm's kernel; and the same."""
-        x, msa = self.layer_norm_input.with_residual(msa)
-        mask = msa_mask[..., None].to(x.dtype)
-        layers = (self.left_projection, self.right_projection)
-        weights, biases = ([layer.weights for layer in layers], [layer.bias for layer in layers])
-        left, right = products(x, weights, biases)
-        left, right = mask * left, mask * right
+        norm, layers = self.layer_norm_input, (self.left_projection, self.right_projection)
+        linear = (array for x in layers for array in (x.weights, x.bias))
+        left, right, msa = projections.outer_product_sides(
+            msa, msa_mask, norm.scale, norm.offset, *linear
+        )
         output = self.output_w, self.output_b
         return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair)
 

@@ -1,10 +1,9 @@
 """Updates of the pair representation around triangles of residues (Suppl. Alg. 11-15)."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torchfold import ops
+from torchfold import ops, projections
 from torchfold.primitives import Attention, LayerNorm, Linear, parameter
 
 
@@ -87,13 +86,13 @@ class TriangleAttention(nn.Module):
         factor: Float[Tensor, "b ..."] | None = None,
         residual: bool = False,
     ) -> Float[Tensor, "b i j c_z"]:
-        x, pair = self.query_norm.with_residual(pair)
-        projected, bias = self.attention.project(x, self.feat_2d_weights)
-        bias, axis = torch.movedim(bias, -1, 1), 2
-        if not self.starting:
-            # among edges that end at a residue, query and key are where they start: the columns
-            bias, axis = bias.mT, 1
-        bias = bias.contiguous()  # as kernels read it, forward and backward
+        norm, weights = self.query_norm, self.feat_2d_weights
+        # among edges that end at a residue, query and key are where they start: the columns
+        axis = 2 if self.starting else 1
+        x, bias, pair = projections.layer_norm_pair_bias(
+            pair, norm.scale, norm.offset, weights, axis=axis
+        )
+        (projected,) = self.attention.project(x)
         return self.attention.within(projected, pair_mask, pair, bias, axis, factor, residual)
 
 

@@ -28,13 +28,14 @@ class WrongKernel(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """A call of ``ops.<op>``: shapes of its arrays in order, and its keyword arguments."""
+    """A call of ``<module>.<op>``: shapes of its arrays in order, and its keyword arguments."""
 
     op: str
     shapes: Mapping[str, tuple[int, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
     masks: tuple[str, ...] = ("mask",)  # arrays of zeros and ones in float32, without gradient
     tolerance: float = TOLERANCE
+    module: str = "ops"
 
     def draw(self) -> dict[str, Float32[np.ndarray, "..."]]:
         """Fixed random arrays."""
@@ -135,6 +136,13 @@ _TRIANGLE = {
     "gating": (C, C),
     "gating_bias": (C,),
 }
+# Of pairs and of an MSA: programs take several tiles in turn here as well
+_NORM = {"scale": (C,), "offset": (C,), "weights": (C, 4)}
+_SIDES = {
+    f"{side}_{part}": (C, 32) if part == "weights" else (32,)
+    for side in ("left", "right")
+    for part in ("weights", "bias")
+}
 # With and without a bias, along both axes, edges masked; the third has more keys than one program
 # holds, the fourth so narrow heads that the bias stays on chip.
 CASES = (
@@ -182,6 +190,18 @@ CASES = (
             "weights": (16, 16, C),
             "bias": (C,),
         },
+    ),
+    Case("pair_bias", {"pair": (1, 256, 256, C)} | _NORM, module="projections"),
+    Case(
+        "layer_norm_pair_bias",
+        {"pair": (2, 144, 160, C)} | _NORM,
+        {"axis": 1},
+        module="projections",
+    ),
+    Case(
+        "outer_product_sides",
+        {"msa": (2, 128, 160, C), "mask": (2, 128, 160), "scale": (C,), "offset": (C,)} | _SIDES,
+        module="projections",
     ),
     Case("layer_norm", {"x": (300, 128), "scale": (128,), "offset": (128,)}),
     Case(

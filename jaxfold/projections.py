@@ -1,0 +1,92 @@
+"""Operations that normalise rows of channels and project them to a few numbers.
+
+As those of ``ops``, each is a plain version, its specification, which a kernel may run instead.
+They return what they normalise as well, for an update to be added to it: so the kernels of the
+backward pass add the gradients that come around the norm.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfold import ops
+
+
+def pair_bias(
+    pair: Float[Array, "b i j c"],
+    scale: Float[Array, " c"],
+    offset: Float[Array, " c"],
+    weights: Float[Array, "c h"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b h i j"], Float[Array, "b i j c"]]:
+    """Bias of an attention from normalised pairs (Suppl. Alg. 7, line 3); and the pairs.
+
+    Raises UnsupportedOp where kernels are chosen that cannot hold so many weights.
+    """
+    if _kernel_runs("pair_bias", implementation, pair, weights):
+        from jaxfold import _projections
+
+        return _projections.pair_bias(pair, scale, offset, weights)
+    normal = ops.layer_norm(pair, scale, offset, implementation="reference")
+    return jnp.einsum("bqkc,ch->bhqk", normal, weights), pair
+
+
+def layer_norm_pair_bias(
+    pair: Float[Array, "b i j c"],
+    scale: Float[Array, " c"],
+    offset: Float[Array, " c"],
+    weights: Float[Array, "c h"],
+    *,
+    axis: int = 2,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b i j c"], Float[Array, "b h q k"], Float[Array, "b i j c"]]:
+    """Normalised pairs, bias of an attention among them along ``axis``, and the pairs.
+
+    (Suppl. Alg. 13 and 14, lines 1-3.) In the bias of axis 2 the query is i and the key j, in that
+    of axis 1 it is the other way round. Raises UnsupportedOp as ``pair_bias`` does.
+    """
+    if _kernel_runs("layer_norm_pair_bias", implementation, pair, weights):
+        from jaxfold import _projections
+
+        return _projections.layer_norm_pair_bias(pair, scale, offset, weights, axis)
+    normal = ops.layer_norm(pair, scale, offset, implementation="reference")
+    equation = "bqkc,ch->bhqk" if axis == 2 else "bkqc,ch->bhqk"
+    return normal, jnp.einsum(equation, normal, weights), pair
+
+
+def outer_product_sides(
+    msa: Float[Array, "b s r c"],
+    mask: Float[Array, "b s r"],
+    scale: Float[Array, " c"],
+    offset: Float[Array, " c"],
+    left_weights: Float[Array, "c e"],
+    left_bias: Float[Array, " e"],
+    right_weights: Float[Array, "c e"],
+    right_bias: Float[Array, " e"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b s r e"], Float[Array, "b s r e"], Float[Array, "b s r c"]]:
+    """Both sides of an outer product, zero where masked (Suppl. Alg. 10, lines 1-2); and the MSA.
+
+    Raises UnsupportedOp as ``pair_bias`` does.
+    """
+    both = (left_weights, left_bias), (right_weights, right_bias)
+    if _kernel_runs("outer_product_sides", implementation, msa, left_weights, right_weights):
+        from jaxfold import _projections
+
+        return _projections.outer_product_sides(msa, mask, scale, offset, *both[0], *both[1])
+    normal = ops.layer_norm(msa, scale, offset, implementation="reference")
+    kept = mask[..., None].astype(msa.dtype)
+    left, right = (kept * ops._plus(normal @ weights, bias) for weights, bias in both)
+    return left, right, msa
+
+
+def _kernel_runs(op: str, implementation: str | None, x: Array, *weights: Array) -> bool:
+    """Whether a kernel is chosen, which holds all weights at once."""
+    if not ops._kernel_runs(op, implementation, x, *weights):
+        return False
+    from foldcore.kernels.norm_project import fits
+
+    if not fits(x.shape[-1], sum(w.shape[1] for w in weights)):
+        ops._refuse(op, implementation, "the kernel cannot hold so many weights", x, *weights)
+    return True
