@@ -21,7 +21,7 @@ def pair_bias(
 ) -> tuple[Float[Array, "b h i j"], Float[Array, "b i j c"]]:
     """Bias of an attention from normalised pairs (Suppl. Alg. 7, line 3); and the pairs.
 
-    Raises UnsupportedOp where kernels are chosen that cannot hold so many weights.
+    Raises UnsupportedOp where kernels are chosen that cannot hold so many channels and weights.
     """
     if _kernel_runs("pair_bias", implementation, pair, weights):
         from jaxfold import _projections
@@ -88,5 +88,7 @@ def _kernel_runs(op: str, implementation: str | None, x: Array, *weights: Array)
     from foldcore.kernels.norm_project import fits
 
     if not fits(x.shape[-1], sum(w.shape[1] for w in weights)):
-        ops._refuse(op, implementation, "the kernel cannot hold so many weights", x, *weights)
+        ops._refuse(
+            op, implementation, "the kernel cannot hold so many channels and weights", x, *weights
+        )
     return True

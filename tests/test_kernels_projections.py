@@ -165,7 +165,8 @@ def test_only_the_bias_is_written_where_only_it_is_wanted(monkeypatch: pytest.Mo
     assert sum(torch.Size(shape).numel() for shape in written) == bias.numel() + 1
 
 
-def test_more_weights_than_a_program_holds_are_refused() -> None:
-    pair, vector = torch.zeros(1, 2, 2, 2048), torch.zeros(2048)
+@pytest.mark.parametrize(("c", "h"), [(2048, 4), (257, 65)])
+def test_more_than_a_program_holds_is_refused(c: int, h: int) -> None:
+    pair, vector = torch.zeros(1, 2, 2, c), torch.zeros(c)
     with pytest.raises(ops.UnsupportedOp, match=r"pair_bias\(.*float32.*cannot hold so many"):
-        projections.pair_bias(pair, vector, vector, torch.zeros(2048, 17), implementation="triton")
+        projections.pair_bias(pair, vector, vector, torch.zeros(c, h), implementation="triton")

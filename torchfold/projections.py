@@ -23,7 +23,7 @@ def pair_bias(
 ) -> tuple[Float[Tensor, "b h i j"], Float[Tensor, "b i j c"]]:
     """Bias of an attention from normalised pairs (Suppl. Alg. 7, line 3); and the pairs.
 
-    Raises UnsupportedOp where kernels are chosen that cannot hold so many weights.
+    Raises UnsupportedOp where kernels are chosen that cannot hold so many channels and weights.
     """
     if _kernel_runs("pair_bias", implementation, pair, weights):
         from torchfold import _projections
@@ -95,5 +95,7 @@ def _kernel_runs(op: str, implementation: str | None, x: Tensor, *weights: Tenso
     from foldcore.kernels.norm_project import fits
 
     if not fits(x.shape[-1], sum(w.shape[1] for w in weights)):
-        ops._refuse(op, implementation, "the kernel cannot hold so many weights", x, *weights)
+        ops._refuse(
+            op, implementation, "the kernel cannot hold so many channels and weights", x, *weights
+        )
     return True

@@ -30,7 +30,7 @@ from foldcore.kernels.rows import (
 from foldcore.kernels.turns import MULTIPROCESSORS
 
 SIDE = 16  # positions along either axis of a tile that is turned: 32 bytes of bfloat16
-WEIGHTS = 512 * 64  # elements, padded, that a program holds at most
+CHANNELS, WEIGHTS = 512, 512 * 64  # padded, that a program holds at most
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Sizes:
 
 
 # channels up to -> sizes in bfloat16
-PAIR_BIAS = {64: Sizes(128, 4, 4, 2), 128: Sizes(64, 4, 4, 2)}
-SIDES = {64: Sizes(128, 4, 2, 3), 256: Sizes(64, 8, 2, 2)}
+PAIR_BIAS = {64: Sizes(64, 4, 7, 2), 128: Sizes(32, 4, 7, 3)}
+SIDES = {64: Sizes(64, 4, 4, 3), 256: Sizes(64, 8, 2, 2)}
 _TESTED = Sizes(32, 4, 1, 2)
 _FLOAT32 = Sizes(16, 8, 2, 1)  # exact products need many registers
 
@@ -68,8 +68,8 @@ def groups(tiles: int, sizes: Sizes, architecture: int) -> int:
 
 
 def fits(c: int, narrow: int) -> bool:
-    """Whether a program can hold the weights of so many outputs."""
-    return block(c) * block(narrow) <= WEIGHTS
+    """Whether a program can hold rows of ``c`` channels and the weights of so many outputs."""
+    return block(c) <= CHANNELS and block(c) * block(narrow) <= WEIGHTS
 
 
 @dataclass(frozen=True)

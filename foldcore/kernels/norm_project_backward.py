@@ -37,8 +37,20 @@ from foldcore.kernels.rows import (
 ONES = tl.constexpr(16)  # columns of a matrix of ones: the tensor cores take no less
 
 # channels up to -> sizes in bfloat16
-PAIR_BIAS = {64: Sizes(64, 4, 3, 2), 128: Sizes(32, 4, 3, 2)}
-SIDES = {64: Sizes(64, 4, 3, 2), 256: Sizes(32, 8, 1, 2)}
+PAIR_BIAS = {64: Sizes(32, 4, 3, 2), 128: Sizes(32, 8, 2, 3)}
+SIDES = {64: Sizes(32, 4, 2, 2), 256: Sizes(32, 8, 1, 2)}
+
+
+@triton.jit
+def as_result(x):
+    """``x`` in float32, among the threads as results of products are: a product with zeros added.
+
+    All that is computed of it, and of a product, then is. Else the compiler keeps and computes half
+    of it twice, and reads it in shared memory in a way that no layout suits.
+    """
+    left = tl.zeros([x.shape[0], ONES], tl.float32).to(x.dtype)
+    right = tl.zeros([ONES, x.shape[1]], tl.float32).to(x.dtype)
+    return tl.dot(left, right, x.to(tl.float32), input_precision="ieee")
 
 
 @triton.jit
@@ -90,7 +102,7 @@ def pair_bias_backward_kernel(
         total += dbias.to(tl.float32)
         start = (example * (I * J) + first_i * J + first_j) * C
         x = load_pairs(x_ptr + start, i * J + j, inside, column, C, WHOLE)
-        normal, rstd = standardize(x.to(tl.float32), column < C, C, 1)
+        normal, rstd = standardize(as_result(x), column < C, C, 1)
         correlation += product(tl.trans(normal.to(x.dtype)), dbias)
         dy = product(dbias, tl.trans(weights))
         if NORMAL:
@@ -167,7 +179,7 @@ def outer_product_sides_backward_kernel(
         total += dboth
         dboth = dboth.to(x_ptr.dtype.element_ty)
         x = load_tile(x_ptr + start * C, rows, C, row, column, C, 1, WHOLE)
-        normal, rstd = standardize(x.to(tl.float32), column < C, C, 1)
+        normal, rstd = standardize(as_result(x), column < C, C, 1)
         correlation += product(tl.trans(normal.to(x.dtype)), dboth)
         dnormal = product(dboth, tl.trans(weights))
         dx = standardize_backward(dnormal * scale, normal, rstd, C, 1)
