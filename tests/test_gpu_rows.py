@@ -8,8 +8,14 @@ import re
 import pytest
 import torch
 
-from tests import kernel_checks, test_kernels_outer_product, test_kernels_update
+from tests import (
+    kernel_checks,
+    test_kernels_outer_product,
+    test_kernels_projections,
+    test_kernels_update,
+)
 from tests.test_kernels_jax import check as check_jax
+from tests.test_kernels_jax import joined
 from tests.test_kernels_rows import (
     check_transition,
     layer_norm,
@@ -19,6 +25,7 @@ from tests.test_kernels_rows import (
     transition_arrays,
 )
 from tests.test_kernels_triangle import Case, arrays, check
+from torchfold import projections
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is here as well
 
@@ -118,14 +125,54 @@ def test_outer_product_mean(sizes: dict[str, int]) -> None:
     test_kernels_outer_product.check(test_kernels_outer_product.Case(**defaults | sizes))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("shape", "h", "dtype"),
+    [
+        ((1, 256, 256, 128), 8, BFLOAT16),
+        ((4, 256, 256, 64), 4, BFLOAT16),
+        ((2, 257, 129, 128), 4, BFLOAT16),
+        ((1, 37, 129, 384), 8, BFLOAT16),
+        ((1, 7, 37, 37), 5, BFLOAT16),
+        ((1, 1, 1, 128), 8, BFLOAT16),
+        ((1, 129, 64, 128), 8, torch.float32),
+        ((2, 37, 7, 384), 4, torch.float32),
+    ],
+    ids=str,
+)
+def test_pair_bias(shape: tuple[int, int, int, int], h: int, dtype: torch.dtype, axis: int) -> None:
+    test_kernels_projections.check(test_kernels_projections.Case(shape, h, axis, dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "e", "dtype"),
+    [
+        ((1, 128, 256, 256), 32, BFLOAT16),
+        ((1, 1024, 256, 64), 32, BFLOAT16),
+        ((2, 129, 257, 256), 32, BFLOAT16),
+        ((1, 7, 37, 384), 32, BFLOAT16),
+        ((1, 37, 7, 37), 5, BFLOAT16),
+        ((1, 1, 1, 256), 32, BFLOAT16),
+        ((1, 37, 129, 256), 32, torch.float32),
+        ((2, 9, 37, 64), 32, torch.float32),
+    ],
+    ids=str,
+)
+def test_outer_product_sides(shape: tuple[int, int, int, int], e: int, dtype: torch.dtype) -> None:
+    test_kernels_projections.check_sides(test_kernels_projections.Sides(shape, e, dtype))
+
+
 def test_torch_operations_compile() -> None:
     given = {k: x.cuda() for k, x in transition_arrays((3, 50, 32), 64, seed=0).items()}
     seed = given.pop("seed")
 
     def loss(**leaves: torch.Tensor) -> torch.Tensor:
-        x = leaves["x"]
-        y = layer_norm("triton", 2 * x, leaves["scale"], leaves["offset"])
-        return torch.sum(seed * transition(residual=True)("triton", **{**leaves, "x": y}))
+        vectors = leaves["scale"], leaves["offset"]
+        y = layer_norm("triton", 2 * leaves["x"], *vectors)
+        given = y[None], *vectors, leaves["weights1"]
+        bias, pair = projections.pair_bias(*given, implementation="triton")
+        inputs = {**leaves, "x": pair[0] * torch.mean(bias)}
+        return torch.sum(seed * transition(residual=True)("triton", **inputs))
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
@@ -136,11 +183,14 @@ def test_torch_operations_compile() -> None:
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-4)
 
 
-def jax_function(op: str, **options: bool):  # type: ignore[no-untyped-def]
+def jax_function(op: str, **options: int):  # type: ignore[no-untyped-def]
     """A JAX operation of named arrays, which come in the order of their names."""
-    from jaxfold import ops
+    from jaxfold import ops, projections
 
     def run(implementation: str, **given):  # type: ignore[no-untyped-def]
+        if op in vars(projections):
+            function = functools.partial(getattr(projections, op), **options)
+            return joined(function(**given, implementation=implementation))
         function = functools.partial(getattr(ops, op), **options, implementation=implementation)
         if op != "triangle_multiplication":
             return function(**given)
@@ -174,6 +224,18 @@ def test_jax_linear_update(shared: int) -> None:
 def test_jax_outer_product_mean() -> None:
     case = test_kernels_outer_product.Case(64, sequences=33, c=32, e=32, z=128, residual=True)
     check_jax(jax_function("outer_product_mean"), test_kernels_outer_product.arrays(case))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_jax_pair_bias(axis: int) -> None:
+    case = test_kernels_projections.Case((2, 33, 64, 128), 4, axis)
+    named = jax_function("layer_norm_pair_bias", axis=axis) if axis else jax_function("pair_bias")
+    check_jax(named, test_kernels_projections.arrays(case))
+
+
+def test_jax_outer_product_sides() -> None:
+    case = test_kernels_projections.Sides((2, 33, 64, 256), 32)
+    check_jax(jax_function("outer_product_sides"), test_kernels_projections.side_arrays(case))
 
 
 def test_jax_operations_add_no_copies() -> None:
