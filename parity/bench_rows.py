@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from jaxfold import ops as jax_ops
+from jaxfold import projections as jax_projections
 from parity import peers
 from parity.benchmark import Benchmark
 from torchfold import ops as torch_ops
+from torchfold import projections as torch_projections
 
 # what an array holds: normal numbers, weights of projections, or zeros and ones in float32
 Array = tuple[str, tuple[int, ...]]
 NORMS = ((65536, 128), (32768, 256), (262144, 64), (256, 384))
 BEST = {"65536x128": (0.008, 0.042)}  # of LayerNorm; see Benchmark
+BIASES = ((256, 128, 8), (384, 128, 8))  # residues, channels, heads
 TRANSITIONS = (("pair", 65536, 128, 512), ("msa", 32768, 256, 1024), ("extra msa", 262144, 64, 256))
 OUTER = (("msa", 128, 256, 32, 128), ("extra msa", 1024, 256, 32, 128))  # sequences, residues, c, z
 TRIANGLES = ((1, 256, 128, 128), (4, 256, 64, 64), (1, 384, 128, 128))  # b, residues, c, hidden
@@ -50,6 +53,13 @@ def _names(arrays: dict[str, Array]) -> tuple[str, ...]:
 def norm_arrays(n: int, c: int) -> dict[str, Array]:
     """The arrays of a layer normalisation."""
     return {"x": ("normal", (n, c)), "scale": ("normal", (c,)), "offset": ("normal", (c,))}
+
+
+def bias_arrays(n: int, c: int, h: int) -> dict[str, Array]:
+    """The arrays of a bias of pairs."""
+    _, scale, offset = norm_arrays(1, c).values()
+    pair: Array = "normal", (1, n, n, c)
+    return {"pair": pair, "scale": scale, "offset": offset, "weights": ("weights", (c, h))}
 
 
 def transition_arrays(n: int, c: int, f: int) -> dict[str, Array]:
@@ -110,6 +120,9 @@ def benchmarks() -> Iterator[Benchmark]:
     for n, c in NORMS:
         shape = f"{n}x{c}"
         yield _benchmark("layer_norm", shape, norm_arrays(n, c), (0, 0), best=BEST.get(shape))
+    for n, c, h in BIASES:
+        shape, forward = f"{n}x{n}x{c}x{h}", 2 * n * n * c * h
+        yield _benchmark("pair_bias", shape, bias_arrays(n, c, h), (forward, 2 * forward))
     for name, table, k, c, shared in UPDATES:
         rows = table[0] * table[1] * table[2]
         shape, forward = f"{name} {rows}x{k}x{c}", 2 * rows * k * c
@@ -126,6 +139,10 @@ def benchmarks() -> Iterator[Benchmark]:
         yield _benchmark("triangle_multiplication", shape, arrays, (forward, 2 * forward), options)
 
 
+def _first(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    return function(*arrays, **options)[0]
+
+
 def _benchmark(
     op: str,
     shape: str,
@@ -136,6 +153,9 @@ def _benchmark(
 ) -> Benchmark:
     def version(ops: Any, implementation: str) -> Callable[..., Any]:
         named = (options or {}) | {"implementation": implementation}
+        if op == "pair_bias":
+            ops = torch_projections if ops is torch_ops else jax_projections
+            return functools.partial(_first, ops.pair_bias, **named)
         return functools.partial(getattr(ops, op), **named)
 
     reference = version(torch_ops, "reference")

@@ -13,6 +13,7 @@ from foldcore.config import OptimizerConfig
 from foldcore.kernels import (
     layer_norm,
     linear_update,
+    norm_project,
     optimizer,
     outer_product,
     rows,
@@ -24,7 +25,7 @@ from foldcore.kernels.launch import Launch
 from foldcore.kernels.layer_norm import Sizes
 from foldcore.kernels.rows import Tiles
 from foldcore.kernels.turns import Turns
-from parity import sweep_triangle
+from parity import sweep_projections, sweep_triangle
 from parity.bench_rows import (
     NORMS,
     OUTER,
@@ -50,7 +51,7 @@ class Candidate:
 
     kernel: str
     shape: tuple[int, ...]
-    tiles: Tiles | Sizes | Turns | optimizer.Sizes | None  # None for those in use
+    tiles: Tiles | Sizes | Turns | norm_project.Sizes | optimizer.Sizes | None  # None: in use
 
     @property
     def label(self) -> str:
@@ -108,6 +109,7 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
     "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
     **sweep_triangle.LAUNCHES,
+    **sweep_projections.LAUNCHES,
 }
 
 
@@ -174,7 +176,11 @@ INPUTS: dict[str, Callable[[Any], list[Array]]] = {
     "outer project": lambda s: _outer_inputs("project", s),
     "outer gradient backward": lambda s: _outer_inputs("gradient", s),
     "outer weights backward": lambda s: _outer_inputs("weights", s),
-    **{name: functools.partial(sweep_triangle.inputs, name) for name in sweep_triangle.LAUNCHES},
+    **{
+        name: functools.partial(module.inputs, name)
+        for module in (sweep_triangle, sweep_projections)
+        for name in module.LAUNCHES
+    },
 }
 
 
@@ -239,6 +245,8 @@ def candidates() -> Iterator[Candidate]:
         "update": [(i, j, k, c) for _, (_, i, j), k, c, _ in UPDATES[:2]],
         "norm": [],
         "optimizer": [],
+        "pairs": [],
+        "sides": [],
     }
     for kernel in LAUNCHES:
         kind = kernel.split()[0]
@@ -246,6 +254,8 @@ def candidates() -> Iterator[Candidate]:
             yield Candidate(kernel, where, tile)
     for triangle in sweep_triangle.candidates(list(TRIANGLES[:2])):
         yield Candidate(*triangle)
+    for projection in sweep_projections.candidates():
+        yield Candidate(*projection)
 
 
 def in_use() -> Iterator[Candidate]:
@@ -257,6 +267,7 @@ def in_use() -> Iterator[Candidate]:
         "outer": [(n, c, z) for _, _, n, c, z in OUTER[:1]],
         "update": [(i, j, k, c) for _, (_, i, j), k, c, shared in UPDATES[:-1] if shared == 1],
         "optimizer": [(PARAMETERS,)],
+        **{kind: list(given) for kind, given in sweep_projections.SHAPES.items()},
     }
     for kernel in LAUNCHES:
         for shape in shapes[kernel.split()[0]]:

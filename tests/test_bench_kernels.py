@@ -103,6 +103,7 @@ def test_attention_and_its_peers(i: int, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {
         "NORMS": [(3, 16)],
+        "BIASES": [(3, 16, 2)],
         "UPDATES": [("", (1, 2, 3), 16, 16, 2)],
         "OUTER": [("", 3, 4, 4, 16)],
         "TRIANGLES": [(), (1, 4, 16, 16)],
