@@ -61,31 +61,33 @@ def _run(case: Any, implementation: str, arrays: dict[str, Array]) -> Mapping[st
         if name not in case.masks
     }
 
-    def loss(leaves: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def run(leaves: dict[str, Array]) -> Array | tuple[Array, ...]:
         # in the case's order, which the arrays have lost on their way through jit
         inputs = [leaves.get(name, arrays[name]) for name in case.shapes]
         op = getattr(MODULES[case.module], case.op)
-        outputs = _outputs(op(*inputs, **case.options, implementation=implementation))
-        return sum(map(_loss, outputs.values()), jnp.float32(0)), outputs
+        return op(*inputs, **case.options, implementation=implementation)
+
+    def loss(leaves: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        outputs = _named("output", run(leaves))
+        return _loss(outputs), outputs
 
     gradients, outputs = jax.grad(loss, has_aux=True)(leaves)
-    return {
-        **{f"{name} without gradient": output for name, output in loss(leaves)[1].items()},
-        **outputs,
-        **{f"the gradient of {k}": x for k, x in gradients.items()},
-    }
+    alone = _named("output without gradient", run(leaves))
+    return alone | outputs | {f"the gradient of {k}": x for k, x in gradients.items()}
 
 
-def _outputs(found: Array | tuple[Array, ...]) -> dict[str, Array]:
-    if isinstance(found, tuple):
-        return {f"output {i}": output for i, output in enumerate(found)}
-    return {"the output": found}
+def _named(what: str, output: Array | tuple[Array, ...]) -> dict[str, Array]:
+    """One result, or several by number."""
+    if not isinstance(output, tuple):
+        return {f"the {what}": output}
+    return {f"the {what}, number {i}": x for i, x in enumerate(output)}
 
 
-def _loss(output: Array) -> Array:
-    # not constant, for a constant gradient has none through a softmax
-    weights = jnp.cos(jnp.arange(output.shape[-1], dtype=jnp.float32))
-    return jnp.sum(output.astype(jnp.float32) * weights)
+def _loss(outputs: Mapping[str, Array]) -> Array:
+    """Not constant in any of them, for a constant gradient has none through a softmax."""
+    weights = (jnp.cos(jnp.arange(x.shape[-1], dtype=jnp.float32)) for x in outputs.values())
+    found = zip(outputs.values(), weights, strict=True)
+    return sum((jnp.sum(x.astype(jnp.float32) * w) for x, w in found), jnp.float32(0))
 
 
 @_run.register

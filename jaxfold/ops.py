@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 LAYER_NORM_EPS = 1e-5
 OUTER_PRODUCT_EPS = 1e-3  # added to the number of sequences
+MASKED_MEAN_EPS = 1e-10  # added to the number of positions
 MASKED_LOGIT = -1e9  # finite, so that a query without keys attends to all of them alike
 
 IMPLEMENTATIONS = ("reference", "triton")
@@ -178,20 +179,63 @@ def _gather(
     return _sum_product("bghqk,bgkhd->bgqhd", weights, value)
 
 
+def project_with_mean(
+    x: Float[Array, "b s r c"],
+    mask: Float[Array, "b s r"],
+    weights: Float[Array, "c n"],
+    *,
+    axis: int = 2,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b s r n"], Float[Array, "b g c"]]:
+    """``x @ weights``, and the means of x over rows (axis 2) or columns (axis 1).
+
+    Only unmasked positions count (Suppl. Alg. 19, line 2); without any, the mean is 0.
+    """
+    if _kernel_runs("project_with_mean", implementation, x):
+        from jaxfold import _global_attention
+
+        return _global_attention.project_with_mean(x, mask, weights, axis)
+    wide = at_least_float32(x.dtype)
+    counted = mask.astype(wide)[..., None]
+    total = jnp.sum(x.astype(wide) * counted, axis=axis)
+    mean = total / (jnp.sum(counted, axis=axis) + MASKED_MEAN_EPS)
+    return x @ weights, mean.astype(x.dtype)
+
+
 def global_attention(
     query: Float[Array, "b g h d"],
-    key: Float[Array, "b g k d"],
-    value: Float[Array, "b g k d"],
-    mask: Float[Array, "b g k"],
-) -> Float[Array, "b g h d"]:
-    """One query a group and head; the heads share keys and values (Suppl. Alg. 19).
+    projected: Float[Array, "b s r n"],
+    gate_bias: Float[Array, "h d"],
+    mask: Float[Array, "b s r"],
+    *,
+    axis: int = 2,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Float[Array, "b s r h d"]:
+    """One query a row (axis 2) or column (axis 1) and head, then a gate (Suppl. Alg. 19).
 
-    There is no other version: its scores are as small as its keys.
+    ``projected`` holds of each position key and value, which all heads share, and the gates of all
+    heads: n = 2 d + h d channels. A sigmoid is applied to the sum of gate and ``gate_bias``, taken
+    in at least float32. ``scale`` multiplies the queries.
     """
-    logits = _sum_product("bghd,bgkd->bghk", query, key)
+    if _kernel_runs("global_attention", implementation, projected):
+        from jaxfold import _global_attention
+
+        return _global_attention.global_attention(query, projected, gate_bias, mask, axis, scale)
+    if axis == 1:
+        projected, mask = jnp.swapaxes(projected, 1, 2), jnp.swapaxes(mask, 1, 2)
+    h, d = gate_bias.shape
+    key, value, gate = jnp.split(projected, (d, 2 * d), axis=-1)
+    logits = _sum_product("bghd,bgkd->bghk", query, key) * scale
     logits = jnp.where(mask[:, :, None, :] > 0, logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return _sum_product("bghk,bgkd->bghd", weights, value).astype(query.dtype)
+    gathered = _sum_product("bghk,bgkd->bghd", weights, value)
+    wide = gathered.dtype
+    opened = jax.nn.sigmoid(
+        gate.reshape(*gate.shape[:3], h, d).astype(wide) + gate_bias.astype(wide)
+    )
+    output = (gathered[:, :, None] * opened).astype(projected.dtype)
+    return jnp.swapaxes(output, 1, 2) if axis == 1 else output
 
 
 class TriangleParameters(NamedTuple):

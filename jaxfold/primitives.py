@@ -22,8 +22,6 @@ Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_wei
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
 LinearInit = Literal["linear", "relu", "final", "gating"]
 
-MASKED_MEAN_EPS = 1e-10
-
 
 def parameter(shape: tuple[int, ...], kind: Kind) -> nnx.Param[Array]:
     """Declare a parameter; ``kind`` is a key of ``foldcore.initializers.KINDS``."""
@@ -158,31 +156,19 @@ class GlobalAttention(nnx.Module):
         residual: bool = False,
     ) -> Float[Array, "b s r c"]:
         """Along the rows (axis 2) or the columns (axis 1), an update of ``base`` or added to it."""
-        c_hidden = self.query_w.shape[-1]
-        mean = _masked_mean(x, mask, axis)
-        query = _scale(jnp.einsum("bgc,chd->bghd", mean, self.query_w[...]), c_hidden**-0.5)
-        key, value = x @ self.key_w[...], x @ self.value_w[...]
-        if axis == 1:
-            key, value, mask = (jnp.swapaxes(array, 1, 2) for array in (key, value, mask))
-        gathered = ops.global_attention(query, key, value, mask)
-        gate = jnp.einsum("bsrc,chd->bsrhd", x, self.gating_w[...])
-        gate = jax.nn.sigmoid(ops._plus(gate, self.gating_b[...]))
-        gathered = jnp.expand_dims(gathered, axis) * gate
+        gates = self.gating_w[...].reshape(self.gating_w.shape[0], -1)
+        weights = jnp.concatenate((self.key_w[...], self.value_w[...], gates), axis=1)
+        projected, mean = ops.project_with_mean(x, mask, weights, axis=axis)
+        query = jnp.einsum("bgc,chd->bghd", mean, self.query_w[...])
+        gathered = ops.global_attention(
+            query, projected, self.gating_b[...], mask, axis=axis, scale=query.shape[-1] ** -0.5
+        )
         return _project(gathered, self.output_w[...], self.output_b[...], base, None, residual)
 
 
 def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
     """``x * factor``, where JAX would first round the factor to a bfloat16 ``x``'s precision."""
     return (x.astype(ops.at_least_float32(x.dtype)) * factor).astype(x.dtype)
-
-
-def _masked_mean(
-    x: Float[Array, "b s r c"], mask: Float[Array, "b s r"], axis: int
-) -> Float[Array, "b g c"]:
-    wide = ops.at_least_float32(x.dtype)
-    weights = mask.astype(wide)[..., None]
-    total = jnp.sum(x.astype(wide) * weights, axis=axis)
-    return (total / (jnp.sum(weights, axis=axis) + MASKED_MEAN_EPS)).astype(x.dtype)
 
 
 class Transition(nnx.Module):

@@ -98,13 +98,24 @@ def _attention(track: Track, modules: Named, x: Named) -> Named:
     }
 
 
-def _global_attention(track: Track, modules: Named, x: Named) -> Any:
-    return track.ops.global_attention(x["q"], x["k"], x["v"], x["mask"])
+def _global_attention(track: Track, modules: Named, x: Named) -> Named:
+    """Along both axes of a square table; also with groups that have no key."""
+    ops, mask, found = track.ops, x["mask"], {}
+    for axis in (1, 2):
+        projected, mean = ops.project_with_mean(x["x"], mask, x["weights"], axis=axis)
+        given = mean.reshape(*x["q"].shape) + x["q"], projected, x["bias"]
+        found[f"mean over {axis}"] = mean
+        found[f"along {axis}"] = ops.global_attention(*given, mask, axis=axis, scale=0.4)
+        found[f"along {axis}, without keys"] = ops.global_attention(*given, 0 * mask, axis=axis)
+    return found
 
 
 def _op_cases() -> list[Case]:
     norm: Shapes = {"x": (2, 5, 5, 6), "scale": (6,), "offset": (6,)}
-    shared: Shapes = {"q": (2, 5, 2, 6), "k": (2, 5, 5, 6), "v": (2, 5, 5, 6), "mask": (2, 5, 5)}
+    shared: Shapes = {
+        **{"x": (2, 5, 5, 6), "q": (2, 5, 2, 3), "weights": (6, 12), "bias": (2, 3)},
+        **{"mask": (2, 5, 5)},
+    }
     outer: Shapes = {
         **{"left": (2, 5, 5, 3), "right": (2, 5, 5, 4), "mask": (2, 5, 5)},
         **{"weights": (3, 4, 3), "bias": (3,)},

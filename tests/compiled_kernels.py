@@ -27,6 +27,9 @@ from foldcore.kernels import (
     attention_backward,
     attention_long,
     dropout,
+    global_attention,
+    global_attention_backward,
+    group_mean,
     layer_norm,
     linear_update,
     norm_project,
@@ -50,7 +53,7 @@ KIND = "bfloat16", 90
 TYPES = {"bfloat16": "*bf16", "float32": "*fp32", "uint8": "*u8"}
 # inputs of these names, or of these kernels, are float32
 FLOAT32 = (
-    *("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr"),
+    *("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr", "gathered_ptr"),
     *("rstd_ptr", "center_mean_ptr", "center_rstd_ptr", "slope_ptr", "sums_ptr"),
     *("output_sums_ptr", "folded_bias_ptr", "output_folded_bias_ptr"),
 )
@@ -81,6 +84,8 @@ def launches() -> Iterator[Launch]:
         yield triangle_backward.project(b, pairs, c, c, *KIND)
         yield triangle_backward.norm(b * pairs, c, *KIND, residual=True)
         yield triangle_fold.backward(c, c, KIND[0])
+    yield from global_attentions((1, 1024, 256), 64, 8, 8)
+    yield from global_attentions((1, 1000, 250), 64, 8, 8)
     outer = outer_product.Shape(256, 256, 32, 32, 128)
     yield outer_product.project(outer, *KIND, residual=True)
     for kernel in (outer_product.gradient, outer_product.weights):
@@ -109,6 +114,18 @@ def projections() -> Iterator[Launch]:
     for n, c in ((32768, 256), (262144, 64)):
         yield norm_project.outer_product_sides(n, c, 32, *KIND)
         yield norm_project_backward.outer_product_sides(n, c, 32, *KIND, residual=True)
+
+
+def global_attentions(
+    table: tuple[int, int, int], c: int, heads: int, width: int
+) -> Iterator[Launch]:
+    """The kernels of attention with one query a column, and of what goes before it."""
+    n = (2 + heads) * width
+    yield group_mean.forward(table, c, 1, *KIND)
+    yield group_mean.backward(table, c, n, 1, *KIND)
+    problem = global_attention.Problem(table, heads, width, 1, 0.35, *KIND)
+    yield global_attention.forward(problem)
+    yield global_attention_backward.backward(problem)
 
 
 def transitions(n: int, c: int, f: int) -> Iterator[Launch]:

@@ -19,6 +19,7 @@ from foldcore.config import ModelConfig
 from foldcore.kernels.launch import INTERPRETER, Launch
 from jaxfold import (
     _dropout,
+    _global_attention,
     _linear_update,
     _outer_product,
     _projections,
@@ -30,6 +31,7 @@ from jaxfold import (
 from jaxfold.primitives import DropoutKey, keep_mask
 from jaxfold.step import Network
 from tests import (
+    test_kernels_global,
     test_kernels_outer_product,
     test_kernels_projections,
     test_kernels_rows,
@@ -55,7 +57,8 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_dropout, _linear_update, _outer_product, _projections, _rows, _triangle):
+    kernels = _dropout, _global_attention, _linear_update, _outer_product, _projections, _rows
+    for module in (*kernels, _triangle):
         monkeypatch.setattr(module, "call", call)
         if hasattr(module, "architecture"):
             monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
@@ -133,6 +136,23 @@ def test_triangle_multiplication(outgoing: bool) -> None:
         )
 
     check(run, test_kernels_triangle.arrays(Case(5, c=24, h=16, batch=2, dropout=outgoing)))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_global_attention(axis: int) -> None:
+    """With the projection before it, whose second result is the query."""
+
+    def run(implementation: str, x: jax.Array, weights: jax.Array, **given: jax.Array) -> jax.Array:
+        options: Any = {"axis": axis, "implementation": implementation}
+        projected, mean = ops.project_with_mean(x, given["mask"], weights, **options)
+        query = mean[..., None, :8] * given.pop("query")
+        return ops.global_attention(query, projected, scale=0.7, **given, **options)
+
+    case = test_kernels_global.Case((2, 9, 7), axis=axis, empty=1)
+    given = test_kernels_global.attention_arrays(case)
+    del given["projected"]
+    mean = test_kernels_global.mean_arrays(case)
+    check(run, {"x": mean["x"], "weights": mean["weights"], **given})
 
 
 def test_outer_product_mean() -> None:

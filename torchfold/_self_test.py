@@ -43,28 +43,29 @@ def _run(case: Any, implementation: str, device: torch.device) -> Mapping[str, T
     op = getattr(MODULES[case.module], case.op)
     call = functools.partial(op, **case.options, implementation=implementation)
     with torch.no_grad():
-        alone = _outputs(call(*arrays.values()))
+        alone = _named("output without gradient", call(*arrays.values()))
     with torch.enable_grad():
-        outputs = _outputs(call(*arrays.values()))
-        loss = torch.stack([_loss(output) for output in outputs.values()]).sum()
-        gradients = torch.autograd.grad(loss, [arrays[name] for name in leaves])
-    return {
-        **{f"{name} without gradient": output for name, output in alone.items()},
-        **{name: output.detach() for name, output in outputs.items()},
-        **{f"the gradient of {n}": x for n, x in zip(leaves, gradients, strict=True)},
-    }
+        outputs = _named("output", call(*arrays.values()))
+        gradients = torch.autograd.grad(_loss(outputs), [arrays[name] for name in leaves])
+    return (
+        alone
+        | {name: x.detach() for name, x in outputs.items()}
+        | {f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+    )
 
 
-def _outputs(found: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
-    if isinstance(found, tuple):
-        return {f"output {i}": output for i, output in enumerate(found)}
-    return {"the output": found}
+def _named(what: str, output: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """One result, or several by number."""
+    if isinstance(output, Tensor):
+        return {f"the {what}": output}
+    return {f"the {what}, number {i}": x for i, x in enumerate(output)}
 
 
-def _loss(output: Tensor) -> Tensor:
-    # not constant, for a constant gradient has none through a softmax
-    weights = torch.cos(torch.arange(output.shape[-1], device=output.device))
-    return torch.sum(output.float() * weights)
+def _loss(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Not constant in any of them, for a constant gradient has none through a softmax."""
+    weights = (torch.cos(torch.arange(x.shape[-1], device=x.device)) for x in outputs.values())
+    found = zip(outputs.values(), weights, strict=True)
+    return torch.stack([torch.sum(x.float() * w) for x, w in found]).sum()
 
 
 @_run.register

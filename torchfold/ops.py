@@ -15,6 +15,7 @@ from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5
 OUTER_PRODUCT_EPS = 1e-3  # added to the number of sequences
+MASKED_MEAN_EPS = 1e-10  # added to the number of positions
 MASKED_LOGIT = -1e9  # finite, so that a query without keys attends to all of them alike
 
 IMPLEMENTATIONS = ("reference", "triton")
@@ -189,20 +190,61 @@ def _gather(
     return _sum_product("bghqk,bgkhd->bgqhd", weights, value)
 
 
+def project_with_mean(
+    x: Float[Tensor, "b s r c"],
+    mask: Float[Tensor, "b s r"],
+    weights: Float[Tensor, "c n"],
+    *,
+    axis: int = 2,
+    implementation: str | None = None,
+) -> tuple[Float[Tensor, "b s r n"], Float[Tensor, "b g c"]]:
+    """``x @ weights``, and the means of x over rows (axis 2) or columns (axis 1).
+
+    Only unmasked positions count (Suppl. Alg. 19, line 2); without any, the mean is 0.
+    """
+    if _kernel_runs("project_with_mean", implementation, x):
+        from torchfold import _global_attention
+
+        return _global_attention.project_with_mean(x, mask, weights, axis)
+    wide = at_least_float32(x.dtype)
+    counted = mask.to(wide)[..., None]
+    total = torch.sum(x.to(wide) * counted, dim=axis)
+    mean = total / (torch.sum(counted, dim=axis) + MASKED_MEAN_EPS)
+    return x @ weights, mean.to(x.dtype)
+
+
 def global_attention(
     query: Float[Tensor, "b g h d"],
-    key: Float[Tensor, "b g k d"],
-    value: Float[Tensor, "b g k d"],
-    mask: Float[Tensor, "b g k"],
-) -> Float[Tensor, "b g h d"]:
-    """One query a group and head; the heads share keys and values (Suppl. Alg. 19).
+    projected: Float[Tensor, "b s r n"],
+    gate_bias: Float[Tensor, "h d"],
+    mask: Float[Tensor, "b s r"],
+    *,
+    axis: int = 2,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Float[Tensor, "b s r h d"]:
+    """One query a row (axis 2) or column (axis 1) and head, then a gate (Suppl. Alg. 19).
 
-    There is no other version: its scores are as small as its keys.
+    ``projected`` holds of each position key and value, which all heads share, and the gates of all
+    heads: n = 2 d + h d channels. A sigmoid is applied to the sum of gate and ``gate_bias``, taken
+    in at least float32. ``scale`` multiplies the queries.
     """
-    logits = _sum_product("bghd,bgkd->bghk", query, key)
+    if _kernel_runs("global_attention", implementation, projected):
+        from torchfold import _global_attention
+
+        return _global_attention.global_attention(query, projected, gate_bias, mask, axis, scale)
+    if axis == 1:
+        projected, mask = projected.transpose(1, 2), mask.transpose(1, 2)
+    h, d = gate_bias.shape
+    key, value, gate = projected.split((d, d, h * d), dim=-1)
+    logits = _sum_product("bghd,bgkd->bghk", query, key) * scale
     logits = torch.where(mask[:, :, None, :] > 0, logits, MASKED_LOGIT)
     weights = torch.softmax(logits, dim=-1).to(value.dtype)
-    return _sum_product("bghk,bgkd->bghd", weights, value).to(query.dtype)
+    gathered = _sum_product("bghk,bgkd->bghd", weights, value)
+    wide = gathered.dtype
+    opened = torch.sigmoid(gate.unflatten(-1, (h, d)).to(wide) + gate_bias.to(wide))
+    output = (gathered[:, :, None] * opened).to(projected.dtype)
+    return output.transpose(1, 2) if axis == 1 else output
 
 
 class TriangleParameters(NamedTuple):

@@ -26,8 +26,6 @@ Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_wei
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
 LinearInit = Literal["linear", "relu", "final", "gating"]
 
-MASKED_MEAN_EPS = 1e-10
-
 
 def parameter(shape: tuple[int, ...], kind: Kind) -> nn.Parameter:
     """Declare a parameter; ``kind`` is a key of ``foldcore.initializers.KINDS``."""
@@ -164,25 +162,13 @@ class GlobalAttention(nn.Module):
         residual: bool = False,
     ) -> Float[Tensor, "b s r c"]:
         """Along the rows (axis 2) or the columns (axis 1), an update of ``base`` or added to it."""
-        c_hidden = self.query_w.shape[-1]
-        mean = _masked_mean(x, mask, axis)
-        query = torch.einsum("bgc,chd->bghd", mean, self.query_w) * c_hidden**-0.5
-        key, value = x @ self.key_w, x @ self.value_w
-        if axis == 1:
-            key, value, mask = (array.transpose(1, 2) for array in (key, value, mask))
-        gathered = ops.global_attention(query, key, value, mask)
-        gate = torch.einsum("bsrc,chd->bsrhd", x, self.gating_w) + self.gating_b
-        gathered = gathered.unsqueeze(axis) * torch.sigmoid(gate)
+        weights = torch.cat((self.key_w, self.value_w, self.gating_w.flatten(1)), dim=1)
+        projected, mean = ops.project_with_mean(x, mask, weights, axis=axis)
+        query = torch.einsum("bgc,chd->bghd", mean, self.query_w)
+        gathered = ops.global_attention(
+            query, projected, self.gating_b, mask, axis=axis, scale=query.shape[-1] ** -0.5
+        )
         return _project(gathered, self.output_w, self.output_b, base, None, residual)
-
-
-def _masked_mean(
-    x: Float[Tensor, "b s r c"], mask: Float[Tensor, "b s r"], axis: int
-) -> Float[Tensor, "b g c"]:
-    wide = ops.at_least_float32(x.dtype)
-    weights = mask.to(wide)[..., None]
-    total = torch.sum(x.to(wide) * weights, dim=axis)
-    return (total / (torch.sum(weights, dim=axis) + MASKED_MEAN_EPS)).to(x.dtype)
 
 
 class Transition(nn.Module):

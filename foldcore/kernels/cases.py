@@ -171,6 +171,22 @@ CASES = (
         },
         {"axis": 2, "scale": 0.2},
     ),
+    # so few members of a group that its mean has a share in the gradient
+    Case(
+        "project_with_mean",
+        {"x": (1, 5, 40, C), "mask": (1, 5, 40), "weights": (C, 16)},
+        {"axis": 1},
+    ),
+    Case(
+        "global_attention",
+        {
+            "query": (1, 9, 8, 8),
+            "projected": (1, 256, 9, 80),
+            "gate_bias": (8, 8),
+            "mask": (1, 256, 9),
+        },
+        {"axis": 1, "scale": 0.35},
+    ),
     Case(
         "gated_attention",
         {
