@@ -41,11 +41,6 @@ def self_test() -> None:
     _self_test.run()
 
 
-def _require_reference(op: str, implementation: str | None, *arrays: Array) -> None:
-    if _kernel_runs(op, implementation, *arrays):
-        _refuse(op, implementation, "there is no such kernel yet", *arrays)
-
-
 def _kernel_runs(op: str, implementation: str | None, *arrays: Array) -> bool:
     """Whether a Triton kernel is chosen for this operation; it takes the types of KERNEL_DTYPES."""
     name = implementation or _chosen
@@ -114,23 +109,6 @@ def layer_norm_residual(
 
         return _rows.layer_norm_residual(x, scale, offset)
     return layer_norm(x, scale, offset, implementation=implementation), x
-
-
-def attention(
-    query: Float[Array, "b g q h d"],
-    key: Float[Array, "b g k h d"],
-    value: Float[Array, "b g k h d"],
-    mask: Float[Array, "b g k"],
-    bias: Float[Array, "b h q k"] | None = None,
-) -> Float[Array, "b g q h d"]:
-    """Softmax attention with a key mask and a bias that all groups share (Suppl. Alg. 7, 17).
-
-    The query is already scaled. Masked keys get the same large negative logit after the bias. There
-    is no other version: the network needs it for a few templates a pair, where reading the pairs
-    takes the time.
-    """
-    gathered = _gather(query, key, value, mask, bias, scale=1)
-    return gathered.astype(query.dtype)
 
 
 def gated_attention(
@@ -231,11 +209,38 @@ def global_attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     gathered = _sum_product("bghk,bgkd->bghd", weights, value)
     wide = gathered.dtype
-    opened = jax.nn.sigmoid(
-        gate.reshape(*gate.shape[:3], h, d).astype(wide) + gate_bias.astype(wide)
-    )
+    gate = gate.reshape(*gate.shape[:3], h, d).astype(wide)
+    opened = jax.nn.sigmoid(gate + gate_bias.astype(wide))
     output = (gathered[:, :, None] * opened).astype(projected.dtype)
     return jnp.swapaxes(output, 1, 2) if axis == 1 else output
+
+
+def template_attention(
+    query: Float[Array, "b i j h d"],
+    projected: Float[Array, "b t i j 2 h d"],
+    mask: Float[Array, "b t"],
+    *,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Float[Array, "b i j h d"]:
+    """From each pair to the same pair of every template (Suppl. Alg. 17).
+
+    ``projected`` holds key and value of each pair and template, of which there is at least one.
+    ``scale`` multiplies the queries.
+    """
+    if _kernel_runs("template_attention", implementation, projected):
+        if projected.shape[1] == 0:
+            _refuse("template_attention", implementation, "there is no template", projected)
+        from jaxfold import _template_attention
+
+        return _template_attention.template_attention(query, projected, mask, scale)
+    wide = at_least_float32(query.dtype)
+    key, value = jnp.unstack(projected, axis=4)
+    logits = jnp.sum(query[:, None].astype(wide) * key.astype(wide), axis=-1) * scale
+    logits = jnp.where(mask[:, :, None, None, None] > 0, logits, MASKED_LOGIT)
+    weights = jax.nn.softmax(logits, axis=1).astype(value.dtype)
+    gathered = jnp.sum(weights[..., None].astype(wide) * value.astype(wide), axis=1)
+    return gathered.astype(query.dtype)
 
 
 class TriangleParameters(NamedTuple):
@@ -361,7 +366,8 @@ def triangle_product(
     Outgoing: left_ik right_jk. Incoming: left_kj right_ki (in this order, as the published weights
     need it).
     """
-    _require_reference("triangle_product", implementation, left, right)
+    if _kernel_runs("triangle_product", implementation, left, right):
+        _refuse("triangle_product", implementation, "there is no such kernel yet", left, right)
     equation = "bikc,bjkc->bijc" if outgoing else "bkjc,bkic->bijc"
     return _sum_product(equation, left, right).astype(left.dtype)
 

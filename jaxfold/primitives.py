@@ -3,7 +3,7 @@
 Parameters have DeepMind's names and shapes and are declared, as zeros, with the kind of their
 initial values; ``params.initialize`` fills them. A module computes in the dtype of its parameters.
 
-Legend: g groups that attend independently, q queries, k keys, h heads, d head width.
+Legend: g groups that attend independently, h heads, d head width.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with an optional gate (Suppl. Alg. 7, lines 2-7, without the norm)."""
+    """Attention of several heads, gated or not (Suppl. Alg. 7, 8, 13, 14, 17, without the norm)."""
 
     def __init__(
         self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
@@ -72,24 +72,6 @@ class Attention(nnx.Module):
             self.gating_b = parameter((num_heads, c_hidden), "ones")
         self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
         self.output_b = parameter((c_out,), "zeros")
-
-    def __call__(
-        self,
-        q_data: Float[Array, "b g q c_q"],
-        kv_data: Float[Array, "b g k c_kv"],
-        mask: Float[Array, "b g k"],
-        bias: Float[Array, "b h q k"] | None = None,
-    ) -> Float[Array, "b g q c_out"]:
-        c_hidden = self.query_w.shape[-1]
-        query = _scale(jnp.einsum("bgqc,chd->bgqhd", q_data, self.query_w[...]), c_hidden**-0.5)
-        key = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.key_w[...])
-        value = jnp.einsum("bgkc,chd->bgkhd", kv_data, self.value_w[...])
-        gathered = ops.attention(query, key, value, mask, bias)
-        if self.gating:
-            gate = jnp.einsum("bgqc,chd->bgqhd", q_data, self.gating_w[...])
-            gathered = gathered * jax.nn.sigmoid(ops._plus(gate, self.gating_b[...]))
-        output = jnp.einsum("bgqhd,hdo->bgqo", gathered, self.output_w[...])
-        return ops._plus(output, self.output_b[...])
 
     def project(
         self, x: Float[Array, "b s r c"], *others: Float[Array, "c n"]
@@ -120,6 +102,21 @@ class Attention(nnx.Module):
             projected, self.gating_b[...], mask, bias, axis=axis, scale=scale
         )
         return _project(gathered, self.output_w[...], self.output_b[...], base, factor, residual)
+
+    def to_templates(
+        self,
+        pair: Float[Array, "b i j c_z"],
+        embedded: Float[Array, "b t i j c_t"],
+        mask: Float[Array, "b t"],
+    ) -> Float[Array, "b i j c_z"]:
+        """From each pair to the same pair of every template, without a gate (Suppl. Alg. 17)."""
+        packed = jnp.stack((self.key_w[...], self.value_w[...]), axis=1)
+        query = pair @ self.query_w[...].reshape(pair.shape[-1], -1)
+        query = query.reshape(*pair.shape[:3], *self.query_w.shape[1:])
+        projected = embedded @ packed.reshape(len(packed), -1)
+        projected = projected.reshape(*embedded.shape[:4], *packed.shape[1:])
+        gathered = ops.template_attention(query, projected, mask, scale=query.shape[-1] ** -0.5)
+        return _project(gathered, self.output_w[...], self.output_b[...], pair, None, False)
 
 
 def _project(
@@ -164,11 +161,6 @@ class GlobalAttention(nnx.Module):
             query, projected, self.gating_b[...], mask, axis=axis, scale=query.shape[-1] ** -0.5
         )
         return _project(gathered, self.output_w[...], self.output_b[...], base, None, residual)
-
-
-def _scale(x: Float[Array, "*batch"], factor: float) -> Float[Array, "*batch"]:
-    """``x * factor``, where JAX would first round the factor to a bfloat16 ``x``'s precision."""
-    return (x.astype(ops.at_least_float32(x.dtype)) * factor).astype(x.dtype)
 
 
 class Transition(nnx.Module):
@@ -248,7 +240,8 @@ def dropout(
     keep = keep_mask(tuple(shape), rate, key, name)
     if shared_axis is not None:  # else XLA draws it again for each element that shares it
         keep = jax.lax.optimization_barrier(keep)
-    scaled = update.astype(ops.at_least_float32(update.dtype)) / (1 - rate)  # as _scale says
+    # JAX would first round the number to a bfloat16 update's precision
+    scaled = update.astype(ops.at_least_float32(update.dtype)) / (1 - rate)
     return jnp.where(keep, scaled, 0).astype(update.dtype)
 
 

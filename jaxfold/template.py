@@ -157,22 +157,10 @@ class TemplateEmbedding(nnx.Module):
             jnp.repeat(pair_mask, templates, axis=0),
             dropout.repeat(templates) if dropout else None,
         )
-        update = self._attend(pair, embedded.reshape(*features.shape[:4], -1), template_mask)
+        embedded = embedded.reshape(*features.shape[:4], -1)
+        update = self.attention.to_templates(pair, embedded, template_mask)
         any_template = jnp.sum(template_mask, axis=-1) > 0
         return update * any_template[:, None, None, None].astype(update.dtype)
-
-    def _attend(
-        self,
-        pair: Float[Array, "b i j c_z"],
-        embedded: Float[Array, "b t i j c_t"],
-        template_mask: Float[Array, "b t"],
-    ) -> Float[Array, "b i j c_z"]:
-        """From each pair to the same pair of every template (Suppl. Alg. 17)."""
-        batch, templates, rows, columns, channels = embedded.shape
-        keys = jnp.moveaxis(embedded, 1, 3).reshape(batch, rows * columns, templates, channels)
-        queries = pair.reshape(batch, rows * columns, 1, -1)
-        mask = jnp.broadcast_to(template_mask[:, None], (batch, rows * columns, templates))
-        return self.attention(queries, keys, mask).reshape(pair.shape)
 
 
 def template_pair_features(

@@ -79,22 +79,30 @@ def _weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
 # Operations ---------------------------------------------------------------------------------------
 
 _ATTENTION: Shapes = {
-    "q": (2, 5, 4, 2, 6),
-    "k": (2, 5, 5, 2, 6),
-    "v": (2, 5, 5, 2, 6),
-    "bias": (2, 2, 4, 5),
+    "projected": (2, 5, 5, 4, 2, 6),
+    "gate": (2, 6),
+    "bias": (2, 2, 5, 5),
     "mask": (2, 5, 5),
 }
 _PAIRS: Shapes = {"pair": (2, 5, 5, 3), "other": (2, 5, 5, 3)}
 
 
 def _attention(track: Track, modules: Named, x: Named) -> Named:
-    ops, mask = track.ops, x["mask"]
-    no_keys = 0 * mask  # a query without keys attends to all alike
+    """Along both axes of a square table; without keys, a query attends to all alike."""
+    mask, given, attend = x["mask"], (x["projected"], x["gate"]), track.ops.gated_attention
     return {
-        "biased": ops.attention(x["q"], x["k"], x["v"], mask, x["bias"]),
-        "unbiased": ops.attention(x["q"], x["k"], x["v"], mask),
-        "without keys": ops.attention(x["q"], x["k"], x["v"], no_keys, x["bias"]),
+        "biased": attend(*given, mask, x["bias"], scale=0.4),
+        "unbiased": attend(*given, mask),
+        "along columns": attend(*given, mask, axis=1),
+        "without keys": attend(*given, 0 * mask, x["bias"]),
+    }
+
+
+def _template_attention(track: Track, modules: Named, x: Named) -> Named:
+    mask, given, attend = x["mask"], (x["q"], x["kv"]), track.ops.template_attention
+    return {
+        "some templates": attend(*given, mask, scale=0.4),
+        "no template": attend(*given, 0 * mask),
     }
 
 
@@ -116,6 +124,7 @@ def _op_cases() -> list[Case]:
         **{"x": (2, 5, 5, 6), "q": (2, 5, 2, 3), "weights": (6, 12), "bias": (2, 3)},
         **{"mask": (2, 5, 5)},
     }
+    pairs: Shapes = {"q": (2, 3, 5, 2, 6), "kv": (2, 4, 3, 5, 2, 2, 6), "mask": (2, 4)}
     outer: Shapes = {
         **{"left": (2, 5, 5, 3), "right": (2, 5, 5, 4), "mask": (2, 5, 5)},
         **{"weights": (3, 4, 3), "bias": (3,)},
@@ -128,8 +137,9 @@ def _op_cases() -> list[Case]:
             norm,
             disturb("scale"),
         ),
-        _case("op attention", no_modules, _attention, _ATTENTION, unmask("mask")),
+        _case("op gated_attention", no_modules, _attention, _ATTENTION, unmask("mask")),
         _case("op global_attention", no_modules, _global_attention, shared, unmask("mask")),
+        _case("op template_attention", no_modules, _template_attention, pairs, unmask("mask")),
         _case(
             "op triangle_product",
             no_modules,
@@ -158,20 +168,20 @@ def _primitives(track: Track) -> Named:
     return {
         "linear": p.Linear(6, 3),
         "layer_norm": p.LayerNorm(6),
-        "attention": p.Attention(6, 5, 4, 2, 3),
-        "ungated": p.Attention(6, 5, 4, 2, 3, gating=False),
+        "attention": p.Attention(6, 6, 6, 2, 3),
+        "ungated": p.Attention(6, 5, 6, 2, 3, gating=False),
         "global_attention": p.GlobalAttention(6, 2, 3),
         "transition": p.Transition(6, 2),
     }
 
 
 def _call_primitives(track: Track, modules: Named, x: Named) -> Named:
-    data = x["q"], x["kv"], x["mask"], x["bias"]
+    q, attention = x["q"], modules["attention"]
     return {
         "linear": modules["linear"](x["q"]),
         "layer_norm": modules["layer_norm"](x["q"]),
-        "attention": modules["attention"](*data),
-        "ungated": modules["ungated"](*data),
+        "attention": attention.within(*attention.project(q), x["q_mask"], q, x["bias"]),
+        "ungated": modules["ungated"].to_templates(q, x["kv"], x["mask"]),
         "global_attention": modules["global_attention"](x["q"], x["q_mask"], x["q"]),
         "transition": modules["transition"](x["q"]),
     }
@@ -214,8 +224,8 @@ def _features(*names: str) -> Callable[[], Arrays]:
 
 def _primitive_cases() -> list[Case]:
     shapes: Shapes = {
-        **{"q": (2, 3, 4, 6), "kv": (2, 3, 5, 5), "bias": (2, 2, 4, 5)},
-        **{"mask": (2, 3, 5), "q_mask": (2, 3, 4)},
+        **{"q": (2, 3, 4, 6), "kv": (2, 5, 3, 4, 5), "bias": (2, 2, 4, 4)},
+        **{"mask": (2, 5), "q_mask": (2, 3, 4)},
     }
     geometry: Shapes = {
         **{"quaternion": (1, 16, 4), "translation": (1, 16, 3), "flat": (1, 16, 12)},

@@ -262,8 +262,8 @@ def _templates(c: ModelConfig, t: int, r: int) -> list[Part]:
         given = [x[f"template_{name}"] for name in names]
         inputs = track.template.template_pair_features(*given, dtype=x["pair"].dtype)
         embedded = m.output_layer_norm(m.embedding2d(inputs))
-        attend = track.template.TemplateEmbedding._attend
-        return {"pair": x["pair"] + attend(m, x["pair"], embedded, x["template_mask"])}
+        update = m.attention.to_templates(x["pair"], embedded, x["template_mask"])
+        return {"pair": x["pair"] + update}
 
     attention = _module(build_around, around, ("pair",))
     return [

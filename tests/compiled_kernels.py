@@ -37,6 +37,7 @@ from foldcore.kernels import (
     optimizer,
     outer_product,
     rows,
+    template_attention,
     transition,
     transition_backward,
     transition_layers,
@@ -86,6 +87,10 @@ def launches() -> Iterator[Launch]:
         yield triangle_fold.backward(c, c, KIND[0])
     yield from global_attentions((1, 1024, 256), 64, 8, 8)
     yield from global_attentions((1, 1000, 250), 64, 8, 8)
+    for residues in (256, 250):
+        templates = template_attention.Problem(1, 4, residues * residues, 4, 16, 0.25, *KIND)
+        yield template_attention.forward(templates)
+        yield template_attention.backward(templates)
     outer = outer_product.Shape(256, 256, 32, 32, 128)
     yield outer_product.project(outer, *KIND, residual=True)
     for kernel in (outer_product.gradient, outer_product.weights):

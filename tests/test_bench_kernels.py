@@ -75,7 +75,10 @@ def modules() -> dict[str, benchmark.Benchmark]:
     return {one.op: one for one in bench_modules.benchmarks(config)}
 
 
-@pytest.mark.parametrize("name", ["MSA row attention", "triangle multiplication incoming"])
+@pytest.mark.parametrize(
+    "name",
+    ["MSA row attention", "extra MSA column attention", "triangle multiplication incoming"],
+)
 def test_modules(name: str) -> None:
     check(modules()[name])
 

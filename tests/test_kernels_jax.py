@@ -24,6 +24,7 @@ from jaxfold import (
     _outer_product,
     _projections,
     _rows,
+    _template_attention,
     _triangle,
     ops,
     projections,
@@ -35,6 +36,7 @@ from tests import (
     test_kernels_outer_product,
     test_kernels_projections,
     test_kernels_rows,
+    test_kernels_template,
     test_kernels_triangle,
     test_kernels_update,
 )
@@ -58,7 +60,7 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = _dropout, _global_attention, _linear_update, _outer_product, _projections, _rows
-    for module in (*kernels, _triangle):
+    for module in (*kernels, _template_attention, _triangle):
         monkeypatch.setattr(module, "call", call)
         if hasattr(module, "architecture"):
             monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
@@ -153,6 +155,13 @@ def test_global_attention(axis: int) -> None:
     del given["projected"]
     mean = test_kernels_global.mean_arrays(case)
     check(run, {"x": mean["x"], "weights": mean["weights"], **given})
+
+
+def test_template_attention() -> None:
+    def run(implementation: str, **given: jax.Array) -> jax.Array:
+        return ops.template_attention(**given, scale=0.4, implementation=implementation)
+
+    check(run, test_kernels_template.arrays(test_kernels_template.Case((2, 3, 5), templates=3)))
 
 
 def test_outer_product_mean() -> None:

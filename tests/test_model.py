@@ -278,9 +278,9 @@ def test_norm_and_attention_sum_in_float32() -> None:
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
     np.testing.assert_allclose(np.asarray(ops.layer_norm(x, ones, zeros), float), expected, 0.01)
-    keys = jnp.ones((1, 1, 4096, 1, 1), jnp.bfloat16)
-    query = jnp.zeros((1, 1, 1, 1, 1), jnp.bfloat16)
-    mean = ops.attention(query, keys, keys, jnp.ones((1, 1, 4096)))
+    projected = jnp.ones((1, 1, 4096, 3), jnp.bfloat16)  # key, value and gate
+    query, gate_bias = jnp.zeros((1, 1, 1, 1)), jnp.full((1, 1), 40.0)
+    mean = ops.global_attention(query, projected, gate_bias, jnp.ones((1, 1, 4096)))
     assert float(mean[0, 0, 0, 0, 0]) == 1.0
 
 

@@ -42,11 +42,6 @@ def self_test() -> None:
     _self_test.run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _require_reference(op: str, implementation: str | None, *arrays: Tensor) -> None:
-    if _kernel_runs(op, implementation, *arrays):
-        _refuse(op, implementation, "there is no such kernel yet", *arrays)
-
-
 def _kernel_runs(op: str, implementation: str | None, *arrays: Tensor) -> bool:
     """Whether a Triton kernel is chosen for this operation; it takes the types of KERNEL_DTYPES."""
     name = implementation or _chosen
@@ -109,39 +104,6 @@ def layer_norm_residual(
 
         return _rows.layer_norm_residual(x, scale, offset)
     return layer_norm(x, scale, offset, implementation=implementation), x
-
-
-def attention(
-    query: Float[Tensor, "b g q h d"],
-    key: Float[Tensor, "b g k h d"],
-    value: Float[Tensor, "b g k h d"],
-    mask: Float[Tensor, "b g k"],
-    bias: Float[Tensor, "b h q k"] | None = None,
-) -> Float[Tensor, "b g q h d"]:
-    """Softmax attention with a key mask and a bias that all groups share (Suppl. Alg. 7, 17).
-
-    The query is already scaled. Masked keys get the same large negative logit after the bias. There
-    is no other version: the network needs it for a few templates a pair, where reading the pairs
-    takes the time.
-    """
-    if query.shape[2] == 1 and bias is None:
-        return _gather_once(query, key, value, mask).to(query.dtype)
-    gathered = _gather(query, key, value, mask, bias, scale=1)
-    return gathered.to(query.dtype)
-
-
-def _gather_once(
-    query: Float[Tensor, "b g 1 h d"],
-    key: Float[Tensor, "b g k h d"],
-    value: Float[Tensor, "b g k h d"],
-    mask: Float[Tensor, "b g k"],
-) -> Float[Tensor, "b g 1 h d"]:
-    """The same for one query a group, without products of matrices with one row."""
-    wide = at_least_float32(query.dtype)
-    logits = torch.sum(query.to(wide) * key.to(wide), dim=-1)
-    logits = torch.where(mask[..., None] > 0, logits, MASKED_LOGIT)
-    weights = torch.softmax(logits, dim=2).to(value.dtype)
-    return torch.sum(weights[..., None].to(wide) * value.to(wide), dim=2, keepdim=True)
 
 
 def gated_attention(
@@ -245,6 +207,33 @@ def global_attention(
     opened = torch.sigmoid(gate.unflatten(-1, (h, d)).to(wide) + gate_bias.to(wide))
     output = (gathered[:, :, None] * opened).to(projected.dtype)
     return output.transpose(1, 2) if axis == 1 else output
+
+
+def template_attention(
+    query: Float[Tensor, "b i j h d"],
+    projected: Float[Tensor, "b t i j 2 h d"],
+    mask: Float[Tensor, "b t"],
+    *,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Float[Tensor, "b i j h d"]:
+    """From each pair to the same pair of every template (Suppl. Alg. 17).
+
+    ``projected`` holds key and value of each pair and template, of which there is at least one.
+    ``scale`` multiplies the queries.
+    """
+    if _kernel_runs("template_attention", implementation, projected):
+        if projected.shape[1] == 0:
+            _refuse("template_attention", implementation, "there is no template", projected)
+        from torchfold import _template_attention
+
+        return _template_attention.template_attention(query, projected, mask, scale)
+    wide = at_least_float32(query.dtype)
+    key, value = projected.unbind(4)
+    logits = torch.sum(query[:, None].to(wide) * key.to(wide), dim=-1) * scale
+    logits = torch.where(mask[:, :, None, None, None] > 0, logits, MASKED_LOGIT)
+    weights = torch.softmax(logits, dim=1).to(value.dtype)
+    return torch.sum(weights[..., None].to(wide) * value.to(wide), dim=1).to(query.dtype)
 
 
 class TriangleParameters(NamedTuple):
@@ -369,7 +358,8 @@ def triangle_product(
     Outgoing: left_ik right_jk. Incoming: left_kj right_ki (in this order, as the published weights
     need it).
     """
-    _require_reference("triangle_product", implementation, left, right)
+    if _kernel_runs("triangle_product", implementation, left, right):
+        _refuse("triangle_product", implementation, "there is no such kernel yet", left, right)
     equation = "bikc,bjkc->bijc" if outgoing else "bkjc,bkic->bijc"
     return _sum_product(equation, left, right).to(left.dtype)
 

@@ -3,7 +3,7 @@
 Parameters have DeepMind's names and shapes and are declared, as zeros, with the kind of their
 initial values; ``params.initialize`` fills them. A module computes in the dtype of its parameters.
 
-Legend: g groups that attend independently, q queries, k keys, h heads, d head width.
+Legend: g groups that attend independently, h heads, d head width.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with an optional gate (Suppl. Alg. 7, lines 2-7, without the norm)."""
+    """Attention of several heads, gated or not (Suppl. Alg. 7, 8, 13, 14, 17, without the norm)."""
 
     def __init__(
         self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
@@ -81,23 +81,6 @@ class Attention(nn.Module):
             self.gating_b = parameter((num_heads, c_hidden), "ones")
         self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
         self.output_b = parameter((c_out,), "zeros")
-
-    def forward(
-        self,
-        q_data: Float[Tensor, "b g q c_q"],
-        kv_data: Float[Tensor, "b g k c_kv"],
-        mask: Float[Tensor, "b g k"],
-        bias: Float[Tensor, "b h q k"] | None = None,
-    ) -> Float[Tensor, "b g q c_out"]:
-        c_hidden = self.query_w.shape[-1]
-        query = torch.einsum("bgqc,chd->bgqhd", q_data, self.query_w) * c_hidden**-0.5
-        key = torch.einsum("bgkc,chd->bgkhd", kv_data, self.key_w)
-        value = torch.einsum("bgkc,chd->bgkhd", kv_data, self.value_w)
-        gathered = ops.attention(query, key, value, mask, bias)
-        if self.gating:
-            gate = torch.einsum("bgqc,chd->bgqhd", q_data, self.gating_w) + self.gating_b
-            gathered = gathered * torch.sigmoid(gate)
-        return torch.einsum("bgqhd,hdo->bgqo", gathered, self.output_w) + self.output_b
 
     def project(
         self, x: Float[Tensor, "b s r c"], *others: Float[Tensor, "c n"]
@@ -125,6 +108,19 @@ class Attention(nn.Module):
         scale = self.query_w.shape[-1] ** -0.5
         gathered = ops.gated_attention(projected, self.gating_b, mask, bias, axis=axis, scale=scale)
         return _project(gathered, self.output_w, self.output_b, base, factor, residual)
+
+    def to_templates(
+        self,
+        pair: Float[Tensor, "b i j c_z"],
+        embedded: Float[Tensor, "b t i j c_t"],
+        mask: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b i j c_z"]:
+        """From each pair to the same pair of every template, without a gate (Suppl. Alg. 17)."""
+        packed = torch.stack((self.key_w, self.value_w), dim=1)
+        query = (pair @ self.query_w.flatten(1)).unflatten(-1, self.query_w.shape[1:])
+        projected = (embedded @ packed.flatten(1)).unflatten(-1, packed.shape[1:])
+        gathered = ops.template_attention(query, projected, mask, scale=query.shape[-1] ** -0.5)
+        return _project(gathered, self.output_w, self.output_b, pair, None, False)
 
 
 def _project(

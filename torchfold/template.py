@@ -162,22 +162,10 @@ class TemplateEmbedding(nn.Module):
             pair_mask.repeat_interleave(templates, dim=0),
             dropout.repeat(templates) if dropout else None,
         )
-        update = self._attend(pair, embedded.reshape(*features.shape[:4], -1), template_mask)
+        embedded = embedded.reshape(*features.shape[:4], -1)
+        update = self.attention.to_templates(pair, embedded, template_mask)
         any_template = torch.sum(template_mask, dim=-1) > 0
         return update * any_template[:, None, None, None].to(update.dtype)
-
-    def _attend(
-        self,
-        pair: Float[Tensor, "b i j c_z"],
-        embedded: Float[Tensor, "b t i j c_t"],
-        template_mask: Float[Tensor, "b t"],
-    ) -> Float[Tensor, "b i j c_z"]:
-        """From each pair to the same pair of every template (Suppl. Alg. 17)."""
-        batch, templates, rows, columns, channels = embedded.shape
-        keys = torch.movedim(embedded, 1, 3).reshape(batch, rows * columns, templates, channels)
-        queries = pair.reshape(batch, rows * columns, 1, -1)
-        mask = torch.broadcast_to(template_mask[:, None], (batch, rows * columns, templates))
-        return self.attention(queries, keys, mask).reshape(pair.shape)
 
 
 @piece

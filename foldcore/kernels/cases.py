@@ -198,6 +198,11 @@ CASES = (
         {"axis": 2, "scale": 0.2},
     ),
     Case(
+        "template_attention",
+        {"query": (2, 9, 16, 4, 16), "projected": (2, 3, 9, 16, 2, 4, 16), "mask": (2, 3)},
+        {"scale": 0.25},
+    ),
+    Case(
         "outer_product_mean",
         {
             "left": (1, 20, 24, 16),
