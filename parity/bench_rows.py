@@ -31,6 +31,9 @@ UPDATES = (
     ("extra msa row", (1, 1024, 256), 64, 64, 1),
     ("template", (4, 256, 256), 64, 64, 1),
 )
+# sequences, residues, heads, width; templates, residues, heads, width
+GLOBAL = (1024, 256, 8, 8)
+TEMPLATES = (4, 256, 4, 16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -104,6 +107,25 @@ def update_arrays(table: tuple[int, int, int], k: int, c: int, shared: int) -> d
     return arrays | ({"factor": ("mask", tuple(factor))} if shared else {})
 
 
+def global_arrays(s: int, r: int, h: int, d: int) -> dict[str, Array]:
+    """The arrays of attention with one query a column."""
+    return {
+        "query": ("normal", (1, r, h, d)),
+        "projected": ("normal", (1, s, r, (2 + h) * d)),
+        "gate_bias": ("normal", (h, d)),
+        "mask": ("mask", (1, s, r)),
+    }
+
+
+def template_arrays(t: int, r: int, h: int, d: int) -> dict[str, Array]:
+    """The arrays of attention to templates."""
+    return {
+        "query": ("normal", (1, r, r, h, d)),
+        "projected": ("normal", (1, t, r, r, 2, h, d)),
+        "mask": ("mask", (1, t)),
+    }
+
+
 def parameter(name: str, c: int, h: int) -> Array:
     """What a field of TriangleParameters holds."""
     part, _, kind = name.rpartition("_")
@@ -132,6 +154,7 @@ def benchmarks() -> Iterator[Benchmark]:
         forward = 2 * n * n * c * c * (s + z)
         shape, arrays = f"{name} {s}x{n}x{c}x{c}x{z}", outer_arrays(s, n, c, z)
         yield _benchmark("outer_product_mean", shape, arrays, (forward, 2 * forward))
+    yield from _attentions()
     for b, n, c, h in TRIANGLES[1:]:  # that of the pairs is a module of its own
         forward = 2 * b * n * n * (5 * c * h + c * c + n * h)
         shape, options = f"{b}x{n}x{n}x{c}", {"outgoing": True, "residual": True}
@@ -141,6 +164,16 @@ def benchmarks() -> Iterator[Benchmark]:
 
 def _first(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     return function(*arrays, **options)[0]
+
+
+def _attentions() -> Iterator[Benchmark]:
+    """With one query a column, and from a pair to its templates: no matrix products to speak of."""
+    s, n, h, d = GLOBAL
+    title, arrays = f"{s}x{n} {h}x{d}", global_arrays(*GLOBAL)
+    yield _benchmark("global_attention", title, arrays, (0, 0), {"axis": 1, "scale": d**-0.5})
+    t, n, h, d = TEMPLATES
+    title, arrays = f"{t}x{n}x{n} {h}x{d}", template_arrays(*TEMPLATES)
+    yield _benchmark("template_attention", title, arrays, (0, 0), {"scale": d**-0.5})
 
 
 def _benchmark(

@@ -25,10 +25,12 @@ from foldcore.kernels.launch import Launch
 from foldcore.kernels.layer_norm import Sizes
 from foldcore.kernels.rows import Tiles
 from foldcore.kernels.turns import Turns
-from parity import sweep_projections, sweep_triangle
+from parity import sweep_global, sweep_projections, sweep_triangle
 from parity.bench_rows import (
+    GLOBAL,
     NORMS,
     OUTER,
+    TEMPLATES,
     TRANSITIONS,
     TRIANGLES,
     UPDATES,
@@ -51,7 +53,8 @@ class Candidate:
 
     kernel: str
     shape: tuple[int, ...]
-    tiles: Tiles | Sizes | Turns | norm_project.Sizes | optimizer.Sizes | None  # None: in use
+    # None: those in use
+    tiles: Tiles | Sizes | Turns | norm_project.Sizes | optimizer.Sizes | sweep_global.Sizes | None
 
     @property
     def label(self) -> str:
@@ -110,6 +113,7 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "outer weights backward": lambda s, t: outer_product.weights(_outer_shape(s), *KIND, t),
     **sweep_triangle.LAUNCHES,
     **sweep_projections.LAUNCHES,
+    **sweep_global.LAUNCHES,
 }
 
 
@@ -178,7 +182,7 @@ INPUTS: dict[str, Callable[[Any], list[Array]]] = {
     "outer weights backward": lambda s: _outer_inputs("weights", s),
     **{
         name: functools.partial(module.inputs, name)
-        for module in (sweep_triangle, sweep_projections)
+        for module in (sweep_triangle, sweep_projections, sweep_global)
         for name in module.LAUNCHES
     },
 }
@@ -247,6 +251,8 @@ def candidates() -> Iterator[Candidate]:
         "optimizer": [],
         "pairs": [],
         "sides": [],
+        "global": [],
+        "template": [],
     }
     for kernel in LAUNCHES:
         kind = kernel.split()[0]
@@ -256,6 +262,8 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate(*triangle)
     for projection in sweep_projections.candidates():
         yield Candidate(*projection)
+    for attention in sweep_global.candidates():
+        yield Candidate(*attention)
 
 
 def in_use() -> Iterator[Candidate]:
@@ -268,6 +276,8 @@ def in_use() -> Iterator[Candidate]:
         "update": [(i, j, k, c) for _, (_, i, j), k, c, shared in UPDATES[:-1] if shared == 1],
         "optimizer": [(PARAMETERS,)],
         **{kind: list(given) for kind, given in sweep_projections.SHAPES.items()},
+        "global": [GLOBAL],
+        "template": [TEMPLATES],
     }
     for kernel in LAUNCHES:
         for shape in shapes[kernel.split()[0]]:

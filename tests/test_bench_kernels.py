@@ -110,6 +110,8 @@ def test_other_operations(monkeypatch: pytest.MonkeyPatch) -> None:
         "UPDATES": [("", (1, 2, 3), 16, 16, 2)],
         "OUTER": [("", 3, 4, 4, 16)],
         "TRIANGLES": [(), (1, 4, 16, 16)],
+        "GLOBAL": (5, 3, 2, 8),
+        "TEMPLATES": (3, 4, 2, 8),
     }
     for name, shapes in small.items():
         monkeypatch.setattr(bench_rows, name, shapes)

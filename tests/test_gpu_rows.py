@@ -4,14 +4,17 @@ import functools
 import math
 import os
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from tests import (
     kernel_checks,
+    test_kernels_global,
     test_kernels_outer_product,
     test_kernels_projections,
+    test_kernels_template,
     test_kernels_update,
 )
 from tests.test_kernels_jax import check as check_jax
@@ -162,6 +165,43 @@ def test_outer_product_sides(shape: tuple[int, int, int, int], e: int, dtype: to
     test_kernels_projections.check_sides(test_kernels_projections.Sides(shape, e, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"table": (1, 1024, 256)},
+        {"table": (1, 1000, 257), "empty": 3},
+        {"table": (2, 129, 37), "axis": 2},
+        {"table": (1, 512, 128), "axis": 2, "heads": 4, "width": 16},
+        {"table": (1, 7, 64), "heads": 3, "width": 6, "c": 37},
+        {"table": (2, 300, 5), "heads": 8, "width": 32, "c": 256},
+        {"table": (2, 1, 3)},
+    ],
+    ids=str,
+)
+def test_global_attention(sizes: dict[str, Any], dtype: torch.dtype) -> None:
+    case = test_kernels_global.Case(**{"c": 64, "heads": 8, "width": 8, **sizes, "dtype": dtype})
+    test_kernels_global.check_attention(case)
+    test_kernels_global.check_mean(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"pairs": (1, 256, 256)},
+        {"pairs": (2, 129, 129), "templates": 3, "empty": True},
+        {"pairs": (1, 37, 7), "templates": 20, "heads": 3, "width": 6},
+        {"pairs": (1, 64, 64), "templates": 2, "heads": 8, "width": 64},
+        {"pairs": (1, 1, 1), "templates": 1},
+    ],
+    ids=str,
+)
+def test_template_attention(sizes: dict[str, Any], dtype: torch.dtype) -> None:
+    case = {"heads": 4, "width": 16, **sizes, "dtype": dtype}
+    test_kernels_template.check(test_kernels_template.Case(**case))
+
+
 def test_torch_operations_compile() -> None:
     given = {k: x.cuda() for k, x in transition_arrays((3, 50, 32), 64, seed=0).items()}
     seed = given.pop("seed")
@@ -183,7 +223,7 @@ def test_torch_operations_compile() -> None:
         torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-4)
 
 
-def jax_function(op: str, **options: int):  # type: ignore[no-untyped-def]
+def jax_function(op: str, **options: Any):  # type: ignore[no-untyped-def]
     """A JAX operation of named arrays, which come in the order of their names."""
     from jaxfold import ops, projections
 
@@ -236,6 +276,19 @@ def test_jax_pair_bias(axis: int) -> None:
 def test_jax_outer_product_sides() -> None:
     case = test_kernels_projections.Sides((2, 33, 64, 256), 32)
     check_jax(jax_function("outer_product_sides"), test_kernels_projections.side_arrays(case))
+
+
+def test_jax_global_attention() -> None:
+    case = test_kernels_global.Case((2, 129, 64), c=64, heads=8, width=8, empty=1)
+    check_jax(
+        jax_function("global_attention", axis=1, scale=0.35),
+        test_kernels_global.attention_arrays(case),
+    )
+
+
+def test_jax_template_attention() -> None:
+    case = test_kernels_template.Case((2, 33, 64), heads=4, width=16, empty=True)
+    check_jax(jax_function("template_attention"), test_kernels_template.arrays(case))
 
 
 def test_jax_operations_add_no_copies() -> None:
