@@ -80,14 +80,14 @@ def candidates() -> Iterator[tuple[str, SHAPE, Sizes]]:
     for rows, warps in itertools.product((64, 128, 256), (4, 8)):
         yield "global mean gradient", GLOBAL, Tiles(rows, 128, warps, 1)
     for keys, rows, warps, ahead in itertools.product(
-        (128, 256, 512, 1024), (64, 128, 256), (8, 16), (1, 2, 3)
+        (256, 512, 1024), (128, 256), (8, 16), (1, 2, 3)
     ):
-        tiles = global_attention.Tiles(keys, rows * 64, warps, ahead)
+        tiles = global_attention.Tiles(keys * 16, rows * 64, warps, ahead)
         yield "global forward", GLOBAL, tiles
     for keys, rows, warps, ahead in itertools.product(
-        (64, 128, 256), (32, 64, 128), (4, 8, 16), (1, 2, 3)
+        (128, 256), (32, 64, 128), (8, 16), (1, 2, 3)
     ):
-        tiles = global_attention.Tiles(keys, rows * 64, warps, ahead)
+        tiles = global_attention.Tiles(keys * 16, rows * 64, warps, ahead)
         yield "global backward", GLOBAL, tiles
     for kernel in ("template forward", "template gradient"):
         for elements, warps in itertools.product((1024, 2048, 4096), (2, 4, 8)):

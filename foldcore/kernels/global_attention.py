@@ -59,16 +59,20 @@ class Problem:
 
     def constants(self, tiles: "Tiles") -> dict[str, Any]:
         """What both kernels are told."""
-        channels = block(self.heads * self.width)
+        channels, both = block(self.heads * self.width), block(2 * self.width)
         sizes = {
             "SCALE": self.scale,
             "HEADS": self.heads,
             "WIDTH": self.width,
             "BLOCK_H": block(self.heads),
-            "BLOCK_E": block(2 * self.width),
+            "BLOCK_E": both,
             "BLOCK_J": channels,
         }
-        rows = {"BLOCK_S": tiles.keys, "BLOCK_T": tiles.fit(channels), "AHEAD": tiles.ahead}
+        rows = {
+            "BLOCK_S": fit(tiles.keys, both, self.length),
+            "BLOCK_T": fit(tiles.gates, channels, self.length),
+            "AHEAD": tiles.ahead,
+        }
         return self.walk() | sizes | rows
 
 
@@ -83,24 +87,25 @@ def walk(table: tuple[int, int, int], axis: int) -> dict[str, int]:
     }
 
 
+def fit(elements: int, channels: int, length: int) -> int:
+    """Members of a group in a tile of so many channels."""
+    return max(16, min(elements // channels, block(length)))
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of a launch: members of a group in a tile of keys, elements in a tile of gates."""
+    """Sizes of a launch: elements in a tile of keys and values, and in one of gates."""
 
     keys: int
-    elements: int
+    gates: int
     num_warps: int
     ahead: int  # tiles that are on chip at once
 
-    def fit(self, channels: int) -> int:
-        """Members of a group in a tile of gates of so many channels."""
-        return max(16, self.elements // channels)
 
-
-_TESTED = Tiles(16, 16 * 64, 4, 2)
-_FLOAT32 = Tiles(32, 32 * 64, 8, 1)
-FORWARD = Tiles(256, 256 * 64, 8, 2)
-BACKWARD = Tiles(128, 64 * 64, 8, 2)
+_TESTED = Tiles(16 * 16, 16 * 64, 4, 2)
+_FLOAT32 = Tiles(32 * 16, 32 * 64, 8, 1)
+FORWARD = Tiles(512 * 16, 256 * 64, 8, 2)
+BACKWARD = Tiles(128 * 16, 64 * 64, 8, 3)
 
 
 def choose(measured: Tiles, problem: Problem) -> Tiles:
