@@ -10,6 +10,7 @@ from tests import kernel_checks
 from tests.kernel_checks import normal
 from tests.test_kernels_rows import poisoned  # noqa: F401, a fixture
 from torchfold import ops
+from torchfold.primitives import Attention, GlobalAttention
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,32 @@ def test_all_keys_of_a_group_without_any_are_alike() -> None:
     value, gate = given["projected"][0, :, 0, 8:16], given["projected"][0, :, 0, 16:].view(5, 2, 8)
     opened = torch.sigmoid(gate + given["gate_bias"])
     torch.testing.assert_close(found[0, :, 0], value.mean(0) * opened)
+
+
+def test_modules_are_compiled_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for the kernels while a program is traced has their shapes and gradients."""
+    monkeypatch.setattr(ops, "_chosen", "triton")
+    generator = torch.Generator().manual_seed(0)
+    column, pairs = GlobalAttention(16, 2, 8), Attention(12, 8, 12, 2, 4, gating=False)
+    shapes = (1, 6, 5, 16), (1, 4, 4, 12), (1, 3, 4, 4, 8)
+    leaves = [*column.parameters(), *pairs.parameters(), *(torch.empty(s) for s in shapes)]
+    leaves = [normal(generator, *x.shape).to(kernel_checks.DEVICE) for x in leaves]
+    for module in (column, pairs):
+        for parameter in module.parameters():
+            parameter.data = leaves.pop(0)
+    msa, pair, embedded = (x.requires_grad_() for x in leaves)
+    masks = [torch.ones(shape, device=kernel_checks.DEVICE) for shape in ((1, 6, 5), (1, 3))]
+
+    def results() -> list[Tensor]:
+        outputs = column(msa, masks[0], msa, axis=1), pairs.to_templates(pair, embedded, masks[1])
+        return [x.square().sum() for x in outputs]
+
+    found = []
+    for function in (results, torch.compile(results, backend="aot_eager", fullgraph=True)):
+        every = [*column.parameters(), *pairs.parameters(), msa, pair, embedded]
+        found.append(torch.autograd.grad(sum(function()), every))  # type: ignore[arg-type]
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain)
 
 
 def test_float64_is_refused_by_name() -> None:
