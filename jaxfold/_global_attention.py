@@ -49,16 +49,8 @@ project_with_mean.defvjp(_project, _project_backward)
 
 
 def _problem(query: Array, projected: Array, axis: int, scale: float) -> kernels.Problem:
-    b, s, r, _ = projected.shape
-    return kernels.Problem(
-        table=(b, s, r),
-        heads=query.shape[2],
-        width=query.shape[3],
-        axis=axis,
-        scale=scale,
-        dtype=dtype_name(projected),
-        architecture=architecture(),
-    )
+    kind = dtype_name(projected), architecture()
+    return kernels.Problem.of(query.shape, projected.shape, axis, scale, *kind)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

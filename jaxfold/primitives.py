@@ -63,7 +63,6 @@ class Attention(nnx.Module):
     def __init__(
         self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
     ):
-        self.gating = gating
         self.query_w = parameter((c_q, num_heads, c_hidden), "glorot")
         self.key_w = parameter((c_kv, num_heads, c_hidden), "glorot")
         self.value_w = parameter((c_kv, num_heads, c_hidden), "glorot")

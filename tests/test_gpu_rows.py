@@ -286,6 +286,19 @@ def test_jax_global_attention() -> None:
     )
 
 
+def test_jax_projection_with_mean() -> None:
+    import jax.numpy as jnp
+
+    project = jax_function("project_with_mean", axis=1)
+
+    def run(implementation, **given):  # type: ignore[no-untyped-def]
+        projected, mean = project(implementation, **given)
+        return (mean * (1 + jnp.sum(projected, axis=(1, 3))[..., None])).ravel()
+
+    case = test_kernels_global.Case((2, 129, 64), c=64, heads=8, width=8, empty=1)
+    check_jax(run, test_kernels_global.mean_arrays(case))
+
+
 def test_jax_template_attention() -> None:
     case = test_kernels_template.Case((2, 33, 64), heads=4, width=16, empty=True)
     check_jax(jax_function("template_attention"), test_kernels_template.arrays(case))

@@ -152,6 +152,15 @@ def test_modules_are_compiled_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(compiled, plain)
 
 
+@pytest.mark.parametrize("wrong", ["query", "projected"])
+def test_shapes_that_do_not_fit_are_named(wrong: str) -> None:
+    given = attention_arrays(Case((1, 2, 3)))
+    del given["seed"]
+    given[wrong] = given[wrong][..., :-1].contiguous()
+    with pytest.raises(ValueError, match=r"queries of shape \(1, 3, 2, .* projections \(1, 2, 3, "):
+        ops.global_attention(**given, axis=1, implementation="triton")
+
+
 def test_float64_is_refused_by_name() -> None:
     given = {name: x.double() for name, x in attention_arrays(Case((1, 2, 3))).items()}
     del given["seed"]

@@ -88,16 +88,8 @@ def global_attention(
 
 
 def _problem(query: Tensor, projected: Tensor, axis: int, scale: float) -> kernels.Problem:
-    b, s, r, _ = projected.shape
-    return kernels.Problem(
-        table=(b, s, r),
-        heads=query.shape[2],
-        width=query.shape[3],
-        axis=axis,
-        scale=scale,
-        dtype=dtype_name(projected),
-        architecture=architecture(projected.device),
-    )
+    kind = dtype_name(projected), architecture(projected.device)
+    return kernels.Problem.of(query.shape, projected.shape, axis, scale, *kind)
 
 
 @torch.library.custom_op("twinfold::global_attention", mutates_args=())

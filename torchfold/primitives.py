@@ -72,7 +72,6 @@ class Attention(nn.Module):
         self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
     ):
         super().__init__()
-        self.gating = gating
         self.query_w = parameter((c_q, num_heads, c_hidden), "glorot")
         self.key_w = parameter((c_kv, num_heads, c_hidden), "glorot")
         self.value_w = parameter((c_kv, num_heads, c_hidden), "glorot")

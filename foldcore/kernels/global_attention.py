@@ -9,6 +9,7 @@ what is gathered only counts there, so that neither has to be cut out.
 Logits are natural, their maxima and the logarithms of sums in units of log 2, for exp2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,23 @@ class Problem:
     scale: float
     dtype: str
     architecture: int
+
+    @classmethod
+    def of(
+        cls,
+        query: Sequence[int],
+        projected: Sequence[int],
+        axis: int,
+        scale: float,
+        dtype: str,
+        architecture: int,
+    ) -> "Problem":
+        """From the shapes of the queries and of what is projected."""
+        (b, s, r, n), (_, _, h, d) = projected, query
+        problem = cls((b, s, r), h, d, axis, scale, dtype, architecture)
+        if tuple(query) != (*problem.by_head, d) or n != (2 + h) * d:
+            raise ValueError(f"queries of shape {tuple(query)} for projections {tuple(projected)}")
+        return problem
 
     @property
     def groups(self) -> int:
