@@ -122,7 +122,7 @@ class Tiles:
 
 _TESTED = Tiles(16 * 16, 16 * 64, 4, 2)
 _FLOAT32 = Tiles(32 * 16, 32 * 64, 8, 1)
-FORWARD = Tiles(512 * 16, 256 * 64, 8, 2)
+FORWARD = Tiles(512 * 16, 128 * 64, 8, 3)
 BACKWARD = Tiles(128 * 16, 64 * 64, 8, 3)
 
 
