@@ -187,7 +187,7 @@ def narrow_layer_norm(name: str, *arrays: np.ndarray) -> np.ndarray:
 
 def narrow_attention(name: str, *arrays: np.ndarray) -> np.ndarray:
     """A fault: the logits as bfloat16."""
-    query, key, value, _ = (jnp.asarray(a, jnp.bfloat16) for a in arrays)
+    query, _, key, value = jnp.unstack(jnp.asarray(arrays[0], jnp.bfloat16), axis=3)
     weights = jax.nn.softmax(jnp.einsum("bgqhd,bgkhd->bghqk", query, key), axis=-1)
     return np.asarray(jnp.einsum("bghqk,bgkhd->bgqhd", weights, value), np.float64)
 
@@ -207,12 +207,15 @@ def layer_norm_error(op: Callable[..., np.ndarray]) -> float:
 def attention_error(op: Callable[..., np.ndarray]) -> float:
     """Largest error in units of the roundings there should be: of weights and of the result."""
     random = np.random.default_rng(0)
-    query, key, value = (rounded(random.normal(size=(1, 4, 48, 2, 32))) for _ in range(3))
+    projected = rounded(random.normal(size=(1, 4, 48, 4, 2, 32)))
+    projected[:, :, :, 1] = 0  # gates, which their bias opens
+    query, _, key, value = np.moveaxis(projected, 3, 0)
     logits = np.einsum("bgqhd,bgkhd->bghqk", query, key, dtype=np.float64)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     exact, size = (np.einsum("bghqk,bgkhd->bgqhd", weights, v) for v in (value, abs(value)))
-    error = abs(op("attention", query, key, value, np.ones((1, 4, 48), np.float32)) - exact)
+    gate_bias, mask = np.full((2, 32), 40.0, np.float32), np.ones((1, 4, 48), np.float32)
+    error = abs(op("gated_attention", projected, gate_bias, mask) - exact)
     return float((error / (EPS * (size + abs(exact)) + 1e-5)).max())
 
 
@@ -229,10 +232,10 @@ def test_statistics_in_bfloat16_are_noticed() -> None:
 
 def test_factors_are_not_rounded() -> None:
     """As PyTorch multiplies by a number: in float32."""
-    x = 1 + np.arange(128, dtype=np.float32) / 128  # one value for each significand
-    factor = 7**-0.5
-    low = jnp.asarray(x, jnp.bfloat16)
-    expected = (torch.as_tensor(x).to(torch.bfloat16) * factor).float().numpy()
-    found = np.asarray(jaxfold.primitives._scale(low, factor), np.float32)
-    np.testing.assert_array_equal(found, expected)
-    assert (np.asarray(low * factor, np.float32) != expected).any()  # JAX's own product does
+    x = 1 + np.arange(128, dtype=np.float32)[None] / 128  # one value for each significand
+    low, rate = jnp.asarray(x, jnp.bfloat16), 0.15
+    key = jaxfold.primitives.DropoutKey(0, jnp.int32(1), jnp.zeros(1, jnp.int32))
+    found = np.asarray(jaxfold.primitives.dropout(low, rate, key, "update"), np.float32)
+    kept, expected = found != 0, rounded(x / np.float32(1 - rate))
+    np.testing.assert_array_equal(found[kept], expected[kept])
+    assert (np.asarray(low / (1 - rate), np.float32) != expected)[kept].any()  # JAX's own does
