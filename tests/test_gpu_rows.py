@@ -306,21 +306,46 @@ def test_jax_template_attention() -> None:
 
 def test_jax_operations_add_no_copies() -> None:
     """Around the kernels there are only matrix products and slices of small gradients."""
-    import jax
     import jax.numpy as jnp
 
     function = jax_function("triangle_multiplication", outgoing=True, residual=True)
     given = {k: jnp.asarray(x.numpy()).astype(jnp.bfloat16) for k, x in arrays(TRIANGLE).items()}
     given |= {k: given[k].astype(jnp.float32) for k in ("pair_mask", "factor")}
     seed = given.pop("seed")
+    check_moves(lambda x: function("triton", **x), given, seed, least=10)
 
-    def step(given):  # type: ignore[no-untyped-def]
-        output, backward = jax.vjp(lambda x: function("triton", **x), given)
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_jax_projections_add_no_copies(axis: int) -> None:
+    import jax.numpy as jnp
+
+    from jaxfold import projections
+
+    def function(given):  # type: ignore[no-untyped-def]
+        options = {"axis": axis, "implementation": "triton"}
+        normal, bias, pair = projections.layer_norm_pair_bias(**given, **options)
+        return normal @ weights, bias, pair + 1
+
+    given = test_kernels_projections.arrays(test_kernels_projections.Case((1, 64, 64, 128), 4))
+    given = {k: jnp.asarray(x.numpy()).astype(jnp.bfloat16) for k, x in given.items()}
+    del given["seed"]
+    weights = jnp.ones((128, 256), jnp.bfloat16)
+    grads = (64, 64, 256), (4, 64, 64), (64, 64, 128)
+    seed = tuple(jnp.ones((1, *shape), jnp.bfloat16) for shape in grads)
+    check_moves(function, given, seed, least=3)
+
+
+def check_moves(function, given, seed, least: int) -> None:  # type: ignore[no-untyped-def]
+    """As many launches of kernels at least, and no large array written out in another order."""
+    import jax
+
+    def step(given, seed):  # type: ignore[no-untyped-def]
+        output, backward = jax.vjp(function, given)
         return output, backward(seed)
 
-    text = jax.jit(step).lower(given).compile().as_text()
+    text = jax.jit(step).lower(given, seed).compile().as_text()
     launches = re.findall(r'custom_call_target="twinfold_triton".*op_name="([^"]*)"', text)
-    assert len(launches) >= 10, f"launches of kernels: {launches}"
+    assert len(launches) >= least, f"launches of kernels: {launches}"
     moved = [line for line in text.splitlines() if _size_of_move(line) >= 64 * 64 * 128]
     assert not moved, "arrays are written out in another place or order:\n" + "\n".join(moved)
 

@@ -47,11 +47,9 @@ def _run(case: Any, implementation: str, device: torch.device) -> Mapping[str, T
     with torch.enable_grad():
         outputs = _named("output", call(*arrays.values()))
         gradients = torch.autograd.grad(_loss(outputs), [arrays[name] for name in leaves])
-    return (
-        alone
-        | {name: x.detach() for name, x in outputs.items()}
-        | {f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
-    )
+    return {name: x.detach() for name, x in (alone | outputs).items()} | {
+        f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)
+    }
 
 
 def _named(what: str, output: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
