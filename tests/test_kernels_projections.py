@@ -75,7 +75,7 @@ def test_pair_bias(shape: tuple[int, int, int, int], h: int, axis: int) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(2, 17, 9, 40), (1, 32, 32, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 128), (2, 17, 9, 40), (1, 32, 32, 32)], ids=str)
 def test_pair_bias_in_bfloat16(shape: tuple[int, int, int, int], axis: int) -> None:
     check(Case(shape, 4, axis, BFLOAT16))
 

@@ -25,7 +25,7 @@ def pair_bias(
 
     Raises UnsupportedOp where kernels are chosen that cannot hold so many channels and weights.
     """
-    if _kernel_runs("pair_bias", implementation, pair, weights):
+    if _kernel_runs("pair_bias", implementation, pair, weights, more=2):
         from torchfold import _projections
 
         return _projections.pair_bias(pair, scale, offset, weights)
@@ -47,7 +47,7 @@ def layer_norm_pair_bias(
     (Suppl. Alg. 13 and 14, lines 1-3.) In the bias of axis 2 the query is i and the key j, in that
     of axis 1 it is the other way round. Raises UnsupportedOp as ``pair_bias`` does.
     """
-    if _kernel_runs("layer_norm_pair_bias", implementation, pair, weights):
+    if _kernel_runs("layer_norm_pair_bias", implementation, pair, weights, more=2):
         from torchfold import _projections
 
         return _projections.layer_norm_pair_bias(pair, scale, offset, weights, axis)
@@ -88,13 +88,15 @@ def _move_heads(bias: Float[Tensor, "b i j h"], axis: int) -> Float[Tensor, "b h
     return (moved if axis == 2 else moved.mT).contiguous()
 
 
-def _kernel_runs(op: str, implementation: str | None, x: Tensor, *weights: Tensor) -> bool:
-    """Whether a kernel is chosen, which holds all weights at once."""
+def _kernel_runs(
+    op: str, implementation: str | None, x: Tensor, *weights: Tensor, more: int = 0
+) -> bool:
+    """Whether a kernel is chosen, which holds all weights and so many columns more at once."""
     if not ops._kernel_runs(op, implementation, x, *weights):
         return False
     from foldcore.kernels.norm_project import fits
 
-    if not fits(x.shape[-1], sum(w.shape[1] for w in weights)):
+    if not fits(x.shape[-1], sum(w.shape[1] for w in weights) + more):
         ops._refuse(
             op, implementation, "the kernel cannot hold so many channels and weights", x, *weights
         )

@@ -31,6 +31,7 @@ from foldcore.kernels.turns import MULTIPROCESSORS
 
 SIDE = 16  # positions along either axis of a tile that is turned: 32 bytes of bfloat16
 CHANNELS, WEIGHTS = 512, 512 * 64  # padded, that a program holds at most
+SUMS = 2  # columns beside the heads, for what the backward pass sums over rows
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,12 @@ class Pairs:
         i, j = self.tile(rows)
         whole = self.i % i == 0 and self.j % j == 0 and self.c == block(self.c)
         sizes = {"B": self.b, "I": self.i, "J": self.j, "C": self.c, "H": self.h}
-        blocks = {"BLOCK_I": i, "BLOCK_J": j, "BLOCK_C": block(self.c), "BLOCK_H": block(self.h)}
+        blocks = {
+            "BLOCK_I": i,
+            "BLOCK_J": j,
+            "BLOCK_C": block(self.c),
+            "BLOCK_H": block(self.h + SUMS),
+        }
         return sizes | blocks | {"WHOLE": whole}
 
 

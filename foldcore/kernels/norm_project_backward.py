@@ -37,7 +37,7 @@ from foldcore.kernels.rows import (
 ONES = tl.constexpr(16)  # columns of a matrix of ones: the tensor cores take no less
 
 # channels up to -> sizes in bfloat16
-PAIR_BIAS = {64: Sizes(32, 4, 3, 2), 128: Sizes(32, 8, 2, 3)}
+PAIR_BIAS = {64: Sizes(32, 4, 4, 2), 128: Sizes(32, 8, 2, 3)}
 SIDES = {64: Sizes(32, 4, 2, 2), 256: Sizes(32, 8, 1, 2)}
 
 
@@ -86,10 +86,10 @@ def pair_bias_backward_kernel(
     scale = load_row(scale_ptr, C, BLOCK_C)
     correlation = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
     total = tl.zeros([ROWS, BLOCK_H], tl.float32)
-    # sums over rows as products with ones, every column the same: few numbers to keep
-    ones = tl.full([ROWS, ONES], 1.0, tl.float32).to(x_ptr.dtype.element_ty)
-    dscale = tl.zeros([BLOCK_C, ONES], tl.float32)
-    doffset = tl.zeros([BLOCK_C, ONES], tl.float32)
+    # the last two columns are of no head: sums over rows, as products with a column of ones
+    of_scale = (head == BLOCK_H - 2).to(tl.float32) + tl.zeros([ROWS, 1], tl.float32)
+    of_offset = (head == BLOCK_H - 1).to(tl.float32) + tl.zeros([ROWS, 1], tl.float32)
+    of_scale, of_offset = of_scale.to(weights.dtype), of_offset.to(weights.dtype)
     tiles = B * tl.cdiv(I, BLOCK_I) * tl.cdiv(J, BLOCK_J)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
         example, first_i, first_j = find_tile(tile, I, J, BLOCK_I, BLOCK_J)
@@ -108,8 +108,13 @@ def pair_bias_backward_kernel(
         if NORMAL:
             dnormal = load_pairs(dnormal_ptr + start, i * J + j, inside, column, C, WHOLE)
             dnormal = tl.where(inside & (column < C), dnormal.to(tl.float32), 0.0)
-            dscale += product(tl.trans((dnormal * normal).to(x.dtype)), ones)
-            doffset += product(tl.trans(dnormal.to(x.dtype)), ones)
+            slope = dnormal * normal
+            rounded = slope.to(x.dtype)
+            correlation += product(tl.trans(rounded), of_scale)
+            if x.dtype != tl.float32:  # what rounding left
+                left = (slope - rounded.to(tl.float32)).to(x.dtype)
+                correlation += product(tl.trans(left), of_scale)
+            correlation += product(tl.trans(dnormal.to(x.dtype)), of_offset)
             dy += dnormal
         dx = standardize_backward(dy * scale, normal, rstd, C, 1)
         if RESIDUAL:
@@ -122,7 +127,8 @@ def pair_bias_backward_kernel(
     dweights = weights_gradient(scale_ptr, offset_ptr, correlation, total, inner, C)
     tl.store(sums + inner * H + head, dweights, mask=(inner < C) & (head < H))
     weights = load_weights(weights_ptr, 0, C, H, BLOCK_C, head).to(tl.float32)
-    dscale, doffset = tl.max(dscale, 1), tl.max(doffset, 1)
+    dscale = tl.sum(tl.where(head == BLOCK_H - 2, correlation, 0.0), 1)
+    doffset = tl.sum(tl.where(head == BLOCK_H - 1, correlation, 0.0), 1)
     store_vectors(sums + C * H, weights, correlation, total, dscale, doffset, C)
 
 
