@@ -61,7 +61,7 @@ class MSARowAttentionWithPairBias(nnx.Module):
         bias, pair = projections.pair_bias(
             pair, norm.scale[...], norm.offset[...], self.feat_2d_weights[...]
         )
-        (projected,) = self.attention.project(x)
+        projected = self.attention.project(x)
         update = self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
         return update, pair
 
@@ -80,7 +80,7 @@ class MSAColumnAttention(nnx.Module):
         residual: bool = False,
     ) -> Float[Array, "b s r c_m"]:
         x, msa = self.query_norm.with_residual(msa)
-        (projected,) = self.attention.project(x)
+        projected = self.attention.project(x)
         return self.attention.within(projected, msa_mask, msa, axis=1, residual=residual)
 
 

@@ -72,14 +72,11 @@ class Attention(nnx.Module):
         self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
         self.output_b = parameter((c_out,), "zeros")
 
-    def project(
-        self, x: Float[Array, "b s r c"], *others: Float[Array, "c n"]
-    ) -> tuple[Array, ...]:
-        """What ``ops.gated_attention`` reads of each position; then x by each of ``others``."""
+    def project(self, x: Float[Array, "b s r c"]) -> Float[Array, "b s r 4 h d"]:
+        """What ``ops.gated_attention`` reads of each position."""
         weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
         packed = jnp.stack([w[...] for w in weights], axis=1)
-        projected = (x @ packed.reshape(len(packed), -1)).reshape(*x.shape[:3], *packed.shape[1:])
-        return projected, *(x @ other for other in others)
+        return (x @ packed.reshape(len(packed), -1)).reshape(*x.shape[:3], *packed.shape[1:])
 
     def within(
         self,

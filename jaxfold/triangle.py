@@ -90,7 +90,7 @@ class TriangleAttention(nnx.Module):
         x, bias, pair = projections.layer_norm_pair_bias(
             pair, norm.scale[...], norm.offset[...], weights, axis=axis
         )
-        (projected,) = self.attention.project(x)
+        projected = self.attention.project(x)
         return self.attention.within(projected, pair_mask, pair, bias, axis, factor, residual)
 
 

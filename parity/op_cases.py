@@ -180,7 +180,7 @@ def _call_primitives(track: Track, modules: Named, x: Named) -> Named:
     return {
         "linear": modules["linear"](x["q"]),
         "layer_norm": modules["layer_norm"](x["q"]),
-        "attention": attention.within(*attention.project(q), x["q_mask"], q, x["bias"]),
+        "attention": attention.within(attention.project(q), x["q_mask"], q, x["bias"]),
         "ungated": modules["ungated"].to_templates(q, x["kv"], x["mask"]),
         "global_attention": modules["global_attention"](x["q"], x["q_mask"], x["q"]),
         "transition": modules["transition"](x["q"]),

@@ -210,7 +210,7 @@ def test_attention_computes_the_same(both: tuple[dict[str, np.ndarray], dict[str
     c_m = SMALL.c_m
     scope = "msa_row_attention_with_pair_bias/attention/"
     module = layer(Attention(c_m, c_m, c_m, heads, SMALL.msa_head_dim), ours, scope)
-    found = module.within(*module.project(x), torch.ones(1, 4, 6), x)
+    found = module.within(module.project(x), torch.ones(1, 4, 6), x)
     torch.testing.assert_close(found, expected)
 
 

@@ -1,26 +1,9 @@
-"""Products of one array by several matrices, and those that keep all digits."""
+"""Products that keep all digits."""
 
 import pytest
 import torch
 
-from torchfold._products import exact_product, products
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_products_of_one_array_and_their_gradients(biased: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-
-    x, weights = draw(2, 3, 5), [draw(5, 4), draw(5, 1), draw(5, 7)]
-    biases = [draw(4), draw(1), draw(7)] if biased else []
-    together = products(x, weights, biases)
-    apart = [x @ w + bias for w, bias in zip(weights, biases or (0, 0, 0), strict=True)]
-    leaves, seeds = (x, *weights, *biases), [torch.randn_like(y) for y in apart]
-    found, expected = (torch.autograd.grad(ys, leaves, seeds) for ys in (together, apart))
-    for one, other in zip((*together, *found), (*apart, *expected), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+from torchfold._products import exact_product
 
 
 def test_exact_product_and_its_gradients() -> None:

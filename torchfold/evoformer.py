@@ -61,7 +61,7 @@ class MSARowAttentionWithPairBias(nn.Module):
         x, msa = self.query_norm.with_residual(msa)
         norm = self.feat_2d_norm
         bias, pair = projections.pair_bias(pair, norm.scale, norm.offset, self.feat_2d_weights)
-        (projected,) = self.attention.project(x)
+        projected = self.attention.project(x)
         update = self.attention.within(projected, msa_mask, msa, bias, 2, factor, residual)
         return update, pair
 
@@ -81,7 +81,7 @@ class MSAColumnAttention(nn.Module):
         residual: bool = False,
     ) -> Float[Tensor, "b s r c_m"]:
         x, msa = self.query_norm.with_residual(msa)
-        (projected,) = self.attention.project(x)
+        projected = self.attention.project(x)
         return self.attention.within(projected, msa_mask, msa, axis=1, residual=residual)
 
 

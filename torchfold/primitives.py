@@ -20,7 +20,6 @@ from foldcore import dropout as definition
 from torchfold import ops
 from torchfold._masks import MaskPlan, Masks, Rehearsal, Request, kept
 from torchfold._masks import threefry as _threefry
-from torchfold._products import products
 
 Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
@@ -81,13 +80,10 @@ class Attention(nn.Module):
         self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
         self.output_b = parameter((c_out,), "zeros")
 
-    def project(
-        self, x: Float[Tensor, "b s r c"], *others: Float[Tensor, "c n"]
-    ) -> tuple[Tensor, ...]:
-        """What ``ops.gated_attention`` reads of each position; then x by each of ``others``."""
+    def project(self, x: Float[Tensor, "b s r c"]) -> Float[Tensor, "b s r 4 h d"]:
+        """What ``ops.gated_attention`` reads of each position."""
         packed = torch.stack((self.query_w, self.gating_w, self.key_w, self.value_w), dim=1)
-        projected, *rest = products(x, [packed.flatten(1), *others], [])
-        return projected.unflatten(-1, packed.shape[1:]), *rest
+        return (x @ packed.flatten(1)).unflatten(-1, packed.shape[1:])
 
     def within(
         self,
