@@ -104,12 +104,13 @@ class _PairBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, bias, residual, normal=None):  # type: ignore[no-untyped-def]
-        pair, scale, _, weights = ctx.saved_tensors
+        inputs = ctx.saved_tensors  # read once: a recomputed block gives them no second time
+        pair, scale, _, weights = inputs
         used, c = bias is not None, scale.shape[0]
         if not used:
             bias = pair.new_zeros(_bias_shape(pair, weights, ctx.axis))
         grads = bias, normal, residual
-        pair_grad, vectors = _pair_bias_backward(*ctx.saved_tensors, *grads, ctx.axis)
+        pair_grad, vectors = _pair_bias_backward(*inputs, *grads, ctx.axis)
         weights_grad, *norm = vectors.split((weights.numel(), c, c))
         return pair_grad, *norm, weights_grad.view(weights.shape) if used else None, None, None
 
@@ -219,11 +220,12 @@ class _Sides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, left, right, residual):  # type: ignore[no-untyped-def]
-        msa, _, _, _, weights, _ = ctx.saved_tensors
+        inputs = ctx.saved_tensors  # read once: a recomputed block gives them no second time
+        msa, _, _, _, weights, _ = inputs
         c, e = weights.shape
         shape = *msa.shape[:3], e
         left, right = (msa.new_zeros(shape) if x is None else x for x in (left, right))
-        msa_grad, vectors = _sides_backward(*ctx.saved_tensors, left, right, residual)
+        msa_grad, vectors = _sides_backward(*inputs, left, right, residual)
         left, right, *norm, left_bias, right_bias = vectors.split((c * e, c * e, c, c, e, e))
         return (
             *(msa_grad, None, *norm),
