@@ -12,10 +12,11 @@ from parity.throughput_tables import ALL, NAMES
 COLOURS = {"jax": JAX, "torch": TORCH}
 SHOWN = 25  # kernels of a track
 BAR, GAP = 22, 8  # pixels: height of a bar; space between groups of them
-NOTE = """Times from the start of a step to the arrival of its results, always of one batch. The
-line in a bar spans the 10th to the 90th percentile. The utilisation (mfu) is the share of the
-maker's bfloat16 rate that the model's matrix products would take; recomputed ones do not count.
-Everything below is about the step with the most recycling passes."""
+NOTE = """Times from the arrival of one step's results to that of the next one's, always of one
+batch, each step started while the one before it runs, as in training; alone_ms is a step that
+nothing runs before. The line in a bar spans the 10th to the 90th percentile. The utilisation (mfu)
+is the share of the maker's bfloat16 rate that the model's matrix products would take; recomputed
+ones do not count. Everything below is about the step with the most recycling passes."""
 MODULES = """Each module by itself, times the calls of a step: strong the forward passes, pale the
 backward pass, both of a step; the black line is the roofline. It is the least time for reading
 inputs and parameters once and writing results once, or for the matrix products, at the bandwidth

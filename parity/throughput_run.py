@@ -17,6 +17,7 @@ from parity import flops
 from parity.throughput_trace import TRACERS, summarize
 
 BASE = ("train.batch_size=1", "data.accept_unknown=true", "data.workers=0", "data.prefetch=1")
+ALONE = 3  # steps timed with nothing before them on the device
 Row = dict[str, Any]
 
 
@@ -63,11 +64,27 @@ class Trainer:
         return str(self._step.first_step(self._metrics))
 
     def seconds(self, batch: Any) -> tuple[float, float]:
-        """Duration of a step, to the arrival of its results, and its loss."""
+        """Duration of a step alone, from its call to the arrival of its results, and its loss."""
         start = time.perf_counter()
-        metrics = self.start(batch)
-        loss = float(self._fetch(metrics["loss/total"]))
+        loss = self._loss(self.start(batch))
         return time.perf_counter() - start, loss
+
+    def intervals(self, batch: Any, steps: int) -> list[float]:
+        """Seconds from one step's results to the next one's, each started before the other ended.
+
+        So training runs them: the host prepares a step while the device is at the one before.
+        """
+        ahead, arrivals = self.start(batch), []
+        for _ in range(steps + 1):
+            current, ahead = ahead, self.start(batch)
+            self._loss(current)
+            arrivals.append(time.perf_counter())
+        self._loss(ahead)
+        return list(np.diff(arrivals))
+
+    def _loss(self, metrics: Any) -> float:
+        """Once it has arrived."""
+        return float(self._fetch(metrics["loss/total"]))
 
 
 def measure(track: str, options: Any, show: Callable[[Sequence[Row]], None]) -> None:
@@ -83,9 +100,13 @@ def measure(track: str, options: Any, show: Callable[[Sequence[Row]], None]) -> 
     first, loss = trainer.seconds(trainer.batch(passes[0]))
     print(trainer.first_step(), flush=True)
     for recycling in passes:
-        times = _times(trainer, trainer.batch(recycling), options.steps)
+        batch = trainer.batch(recycling)
+        trainer.seconds(batch)
+        alone = [trainer.seconds(batch)[0] * 1e3 for _ in range(ALONE)]
+        times = np.array(trainer.intervals(batch, options.steps)) * 1e3
         row = {"track": track, "config": options.config, "recycling": recycling}
         row |= step_times(times, config, recycling, trainer.device)
+        row["alone_ms"] = round(float(np.median(alone)), 2)
         row["peak_gib"] = float(trainer.peak_memory().split()[0])
         row["compile_s"] = round(max(first - float(np.median(times)) / 1e3, 0), 1)
         row |= {"first_loss": loss, "batch_size": config.train.batch_size}
@@ -101,12 +122,6 @@ def measure(track: str, options: Any, show: Callable[[Sequence[Row]], None]) -> 
         del trainer
         gc.collect()
         _time_modules(track, config, host_batch, options.module, rows, keep)
-
-
-def _times(trainer: Trainer, batch: Any, steps: int) -> np.ndarray:
-    """Of so many steps after a first one, in milliseconds."""
-    trainer.seconds(batch)
-    return np.array([trainer.seconds(batch)[0] for _ in range(steps)]) * 1e3
 
 
 def step_times(

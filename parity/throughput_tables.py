@@ -6,7 +6,8 @@ from typing import Any
 
 WIDTH = 100  # characters of a line
 COLUMNS = (
-    "track config recycling step_ms step_ms_p10 step_ms_p90 examples_per_s mfu peak_gib compile_s"
+    "track config recycling step_ms step_ms_p10 step_ms_p90 alone_ms examples_per_s mfu peak_gib "
+    "compile_s"
 ).split()
 MODULE_COLUMNS = (
     *("module", "calls", "forward ms", "backward ms", "both ms"),
@@ -132,7 +133,8 @@ def gaps(row: Row) -> str:
     return (
         f"{row['launches']:,} kernels and copies keep the device busy for {row['busy_ms']:.1f} ms "
         f"of the {row['traced_ms']:.1f} ms between the first and the last of a traced step (a step "
-        f"not traced: {row['step_ms']:.1f} ms, from its call to the arrival of the loss). "
+        f"not traced: {row['step_ms']:.1f} ms with others before and after it, "
+        f"{shown(row.get('alone_ms'))} ms alone, from its call to the arrival of the loss). "
         f"The first starts {row['first_kernel_ms']:.2f} ms after the call. Idle: "
         f"{row['idle_ms']:.2f} ms ({row['idle_share']:.1%}) in {row['gaps']:,} gaps, the longest "
         f"{row['longest_gap_ms'] * 1e3:.0f} us; {row['long_gaps']:,} of 10 us or more hold "

@@ -21,6 +21,7 @@ from parity import (
     throughput_modules,
     throughput_page,
     throughput_roofline,
+    throughput_run,
     throughput_tables,
     throughput_time,
 )
@@ -343,12 +344,39 @@ def test_what_a_worker_measured_outlives_it(
     }
 
 
+class Pipeline:
+    """A trainer whose device takes ten ticks for a step and whose host takes four to start one."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock, self.ready, self.started = clock, 0.0, []
+
+    def start(self, batch: str) -> float:
+        self.clock[0] += 4
+        self.ready = max(self.ready, self.clock[0]) + 10
+        self.started.append(batch)
+        return self.ready
+
+    def _loss(self, ready: float) -> float:
+        self.clock[0] = max(self.clock[0], ready)
+        return 0.0
+
+
+def test_steps_are_timed_as_training_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's part of a step is hidden behind the step before."""
+    clock = [0.0]
+    monkeypatch.setattr(throughput_run.time, "perf_counter", lambda: clock[0])
+    pipeline = Pipeline(clock)
+    assert throughput_run.Trainer.intervals(pipeline, "batch", 3) == [10, 10, 10]  # type: ignore[arg-type]
+    assert pipeline.started == ["batch"] * 5 and clock[0] == pipeline.ready
+
+
 def test_a_track_is_measured_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
     arguments = ["--config", str(TINY), "--track", "torch", "--recycling", "1", "--steps", "1"]
     assert throughput.main([*arguments, "--module", "pair transition", "--out", str(out)]) == 0
     (found,) = json.loads(out.read_text())
     assert found["recycling"] == 1 and found["step_ms"] > 0 and found["mfu"] is None
+    assert found["alone_ms"] > 0
     assert [module["module"] for module in found["modules"]] == ["pair transition"]
     assert found["modules"][0]["forward_ms"] > 0
     assert found["modules"][0]["forward_roofline_ms"] is None and found["ceilings"] is None
