@@ -28,7 +28,7 @@ def _forward(
     launch = kernels.forward(_problem(query, projected, scale))
     output, logsumexp = call(launch, query, projected, mask)
     output = output.reshape(query.shape)
-    return output, (query, projected, mask, output, logsumexp)
+    return output, (query, projected, mask, logsumexp)
 
 
 def _backward(scale: float, saved: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:

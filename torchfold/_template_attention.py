@@ -36,14 +36,13 @@ def _backward(
     query: Tensor,
     projected: Tensor,
     mask: Tensor,
-    output: Tensor,
     logsumexp: Tensor,
     grad: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and projections."""
     launch = kernels.backward(_problem(query, projected, scale))
-    given = query, projected, mask, output, logsumexp, grad
+    given = query, projected, mask, logsumexp, grad
     query_grad, projected_grad = call(launch, *given)
     return query_grad.view(query.shape), projected_grad.view(projected.shape)
 
@@ -53,7 +52,6 @@ def _(
     query: Tensor,
     projected: Tensor,
     mask: Tensor,
-    output: Tensor,
     logsumexp: Tensor,
     grad: Tensor,
     scale: float,
@@ -64,7 +62,7 @@ def _(
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *saved, ctx.scale = inputs
     ctx.set_materialize_grads(False)  # of the sums of exponentials, which have none
-    ctx.save_for_backward(*saved, *output)
+    ctx.save_for_backward(*saved, output[1])
 
 
 def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]

@@ -179,7 +179,6 @@ def template_attention_backward_kernel(
     query_ptr,  # [b p h d]
     projected_ptr,  # [b t p 2 h d]
     mask_ptr,  # [b t]
-    output_ptr,  # [b p h d]
     logsumexp_ptr,  # [b p h]
     grad_ptr,  # [b p h d], of the output
     query_grad_ptr,  # [b p h d]
@@ -203,12 +202,18 @@ def template_attention_backward_kernel(
     fixed = fixed_logit(mask_ptr, TEMPLATES, BLOCK_T)
     q = load_pairs(query_ptr + at * C, left, C, PAIRS, HEADS, WIDTH, BLOCK_P, BLOCK_H, BLOCK_D)
     do = load_pairs(grad_ptr + at * C, left, C, PAIRS, HEADS, WIDTH, BLOCK_P, BLOCK_H, BLOCK_D)
-    o = load_pairs(output_ptr + at * C, left, C, PAIRS, HEADS, WIDTH, BLOCK_P, BLOCK_H, BLOCK_D)
-    delta = tl.sum(do * o, 2)
     pair, head = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_H)[None, :]
     logsumexp_ptr += at * HEADS + pair * HEADS + head
     inside = (pair < left) & (head < HEADS)
     logsumexp = tl.load(logsumexp_ptr, mask=inside, other=float("inf"))
+    delta = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)  # not of the result, which is rounded
+    for template in range(TEMPLATES):
+        k_ptr = projected_ptr + ((batch * TEMPLATES + template) * PAIRS + first) * (2 * C)
+        k = load_pairs(k_ptr, left, 2 * C, PAIRS, HEADS, WIDTH, BLOCK_P, BLOCK_H, BLOCK_D)
+        v = load_pairs(k_ptr + C, left, 2 * C, PAIRS, HEADS, WIDTH, BLOCK_P, BLOCK_H, BLOCK_D)
+        kept = tl.load(mask_ptr + template) > 0
+        logits = tl.where(kept, tl.sum(q * k, 2) * (SCALE * LOG2_E), fixed)
+        delta += tl.exp2(logits - logsumexp) * tl.sum(do * v, 2)
     dq = tl.zeros([BLOCK_P, BLOCK_H, BLOCK_D], tl.float32)
     for template in range(TEMPLATES):
         place = ((batch * TEMPLATES + template) * PAIRS + first) * (2 * C)
@@ -235,7 +240,7 @@ def forward(problem: Problem, sizes: Sizes = FORWARD) -> Launch:
 
 
 def backward(problem: Problem, sizes: Sizes = BACKWARD) -> Launch:
-    """(query, projected, mask, output, logsumexp, grad) -> gradients of query and projected."""
+    """(query, projected, mask, logsumexp, grad) -> gradients of query and projected."""
     b, pairs, *by_head = problem.by_pair
     projected = b, problem.t, pairs, 2, *by_head
     outputs = tuple(Output(shape, problem.dtype) for shape in (problem.by_pair, projected))
