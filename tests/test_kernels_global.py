@@ -65,9 +65,7 @@ def mean_arrays(case: Case) -> dict[str, Tensor]:
 def check_attention(case: Case) -> None:
     def run(implementation: str, **given: Tensor) -> Tensor:
         options = {"axis": case.axis, "scale": 0.7, "implementation": implementation}
-        given["query"] = given["query"].to(
-            given["projected"].dtype
-        )  # if constant, too
+        given["query"] = given["query"].to(given["projected"].dtype)  # if constant, too
         return ops.global_attention(**given, **options)
 
     # one key has all the weight, whatever the query is

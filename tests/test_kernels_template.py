@@ -66,8 +66,10 @@ def test_any_size(case: Case) -> None:
     check(case)
 
 
-def test_bfloat16() -> None:
-    check(Case((2, 8, 8), heads=4, width=16, empty=True, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("heads", "width"), [(4, 16), (8, 64)])
+def test_bfloat16(heads: int, width: int) -> None:
+    """Wide heads show whether the gradient is of the rounded result."""
+    check(Case((2, 8, 8), 2, heads, width, empty=width == 16, dtype=torch.bfloat16))
 
 
 def test_templates_that_are_none_are_all_alike() -> None:
