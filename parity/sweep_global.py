@@ -57,7 +57,7 @@ def inputs(kernel: str, shape: SHAPE) -> list[Array]:
     if kernel.startswith("template"):
         query, projected, mask = template_arrays(*shape).values()
         found = [query, projected, mask]
-        return found + [query, ("mask", (1, r * r, h)), query] * (kernel != "template forward")
+        return found + [("mask", (1, r * r, h)), query] * (kernel != "template forward")
     query, projected, gate_bias, mask = global_arrays(*shape).values()
     x: Array = "normal", (1, count, r, h * d)
     weights: Array = "weights", (h * d, (2 + h) * d)

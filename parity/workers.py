@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,7 @@ class Worker:
     def __init__(self, job: Options, path: Path) -> None:
         options = json.dumps({**asdict(job), "report": str(path)})
         command = [sys.executable, "-m", "parity.worker", options]
-        # Ctrl-C is for the parent, which ends its processes: they inherit that it is blocked
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process = subprocess.Popen(command, env=settings(job), stderr=subprocess.PIPE)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process = subprocess.Popen(command, env=settings(job), stderr=subprocess.PIPE)
         self.last_line = ""
         self.reader = threading.Thread(target=self._pass_on, daemon=True)
         self.reader.start()
@@ -75,7 +71,8 @@ def run(
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                running[job] = Worker(job, path_of(job, folder))
+                with no_interrupts():
+                    running[job] = Worker(job, path_of(job, folder))
             for job in [j for j, worker in running.items() if worker.process.poll() is not None]:
                 if reason := running.pop(job).end():
                     failed[job] = reason
@@ -88,6 +85,17 @@ def run(
         for worker in running.values():
             worker.end()
     return collect(jobs, folder, failed)
+
+
+@contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Ctrl-C waits: no process starts unknown. It is for the parent, which ends its processes; they
+    inherit that it is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def path_of(job: Options, folder: Path) -> Path:

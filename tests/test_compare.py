@@ -211,6 +211,23 @@ def test_the_page_of_an_earlier_run_does_not_stay(tmp_path: Path) -> None:
     assert not page.exists()
 
 
+def test_ctrl_c_while_a_process_starts_ends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def interrupted(command: list[str], **options: Any) -> Any:
+        started.append(popen([sys.executable, "-c", "import time\ntime.sleep(60)"], **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers.run([Options("float32")], tmp_path, at_once=1)
+    assert started[0].poll() == -signal.SIGKILL
+
+
 def test_ctrl_c_ends_all_processes_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
