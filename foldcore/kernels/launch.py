@@ -14,6 +14,9 @@ from typing import Any
 # Sizes of a launch by architecture: compute capability as an integer, 90 for H100 and H200.
 INTERPRETER = 0  # "architecture" of tensors on the host
 NEEDS_GPU = 'model.implementation="triton" needs an NVIDIA GPU; use "reference" here'
+# Whether a launch may begin while the one before it ends (dependent.py); False to measure without.
+OVERLAP = True
+OVERLAPS_SINCE = 90  # the first architecture that knows how
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,17 @@ class Launch:
     num_stages: int = 2
     # index of an input -> that of the output that takes its place in memory
     in_place: Mapping[int, int] = field(default_factory=dict)
+
+
+def options(launch: Launch, architecture: int) -> dict[str, Any]:
+    """How Triton is to compile the kernel of a launch, beside its constants."""
+    sizes = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return sizes | overlap(architecture)
+
+
+def overlap(architecture: int) -> dict[str, bool]:
+    """Triton's option for launches that may begin while the one before ends, where they can."""
+    return {"launch_pdl": True} if OVERLAP and architecture >= OVERLAPS_SINCE else {}
 
 
 def cdiv(numerator: int, denominator: int) -> int:
