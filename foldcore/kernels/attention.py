@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, cdiv
 from foldcore.kernels.rows import sigmoid
 
@@ -146,6 +147,7 @@ def forward_kernel(
     STAGES: tl.constexpr,
     HELD: tl.constexpr,
 ):
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_Q)

@@ -25,6 +25,7 @@ from foldcore.kernels.attention import (
     store_tile,
 )
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 
 
@@ -93,6 +94,7 @@ def whole_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """All keys of one group and head on chip, over tiles of queries; scores are [keys, queries]."""
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     head, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -109,8 +111,7 @@ def whole_grad_kernel(
     empty = empty_group(mask_ptr + position, STEP, LENGTH, BLOCK_K)
     slope = tl.where(empty, 0.0, SCALE)  # the logits of masked keys are fixed
     gate_bias = load_gate_bias(gate_bias_ptr + head * WIDTH, WIDTH, BLOCK_D)
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     gate_grads = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
@@ -174,6 +175,7 @@ def bias_grad_kernel(
     STAGES: tl.constexpr,
 ):
     """One tile of the bias, over a chunk of the groups."""
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_K)

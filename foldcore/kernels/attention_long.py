@@ -19,6 +19,7 @@ from foldcore.kernels.attention import (
 )
 from foldcore.kernels.attention_backward import empty_group, output_terms, store_sums
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv, next_power_of_2
 
 
@@ -48,6 +49,7 @@ def query_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Where keys do not fit on chip: one tile of queries, over all keys."""
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     OUT_STRIDE: tl.constexpr = STEP * 2 * CHANNELS
@@ -124,6 +126,7 @@ def key_value_grad_kernel(
     BLOCK_ALL: tl.constexpr,
 ):
     """One tile of keys, over all queries; scores are [keys, queries]."""
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_K)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from foldcore import dropout as definition
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 
 # one row of the table: hash of the path, position in a stack of blocks, first element, place of it
@@ -66,6 +67,7 @@ def dropout_masks_kernel(
     BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_previous()
     table_ptr += tl.program_id(0) * COLUMNS
     first, place, left = tl.load(table_ptr + 2), tl.load(table_ptr + 3), tl.load(table_ptr + 4)
     example = _word(example_ptr + tl.program_id(1))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.attention import LOG2_E, MASKED, key_summand
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output
 from foldcore.kernels.rows import block, load_tile, load_vector, product, sigmoid, store_tile
 
@@ -197,6 +198,7 @@ def global_attention_forward_kernel(
     BLOCK_T: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     N: tl.constexpr = 2 * WIDTH + CHANNELS
     WHOLE: tl.constexpr = LENGTH % BLOCK_S == 0 and BLOCK_E == 2 * WIDTH

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.attention import LOG2_E, MASKED, key_summand
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.global_attention import BACKWARD as MEASURED
 from foldcore.kernels.global_attention import (
     Problem,
@@ -50,6 +51,7 @@ def global_attention_backward_kernel(
     BLOCK_T: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     N: tl.constexpr = 2 * WIDTH + CHANNELS
     WHOLE: tl.constexpr = LENGTH % BLOCK_S == 0 and BLOCK_E == 2 * WIDTH

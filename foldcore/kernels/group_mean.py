@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.global_attention import walk
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.rows import Tiles, block, choose, load_tile, product, store_tile
@@ -37,6 +38,7 @@ def group_mean_kernel(
     BLOCK_C: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     WHOLE: tl.constexpr = LENGTH % BLOCK_S == 0 and C % BLOCK_C == 0
     group = (tl.program_id(1) * GROUPS + tl.program_id(0)).to(tl.int64)
     position = tl.program_id(1).to(tl.int64) * (GROUPS * LENGTH) + tl.program_id(0) * GROUP_STEP
@@ -100,6 +102,7 @@ def group_mean_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    await_previous()
     start = tl.program_id(0).to(tl.int64) * BLOCK_R
     left = ROWS - start
     first = tl.program_id(1) * BLOCK_C

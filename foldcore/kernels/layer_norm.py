@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.rows import (
     block,
@@ -46,6 +47,7 @@ def layer_norm_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    await_previous()
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     row = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]
@@ -71,6 +73,7 @@ def layer_norm_backward_kernel(
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    await_previous()
     group = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]

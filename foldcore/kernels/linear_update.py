@@ -13,6 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.rows import (
     MIN_BLOCK,
@@ -96,6 +97,7 @@ def linear_update_forward_kernel(
     AHEAD: tl.constexpr,
 ):
     """Weights once a program, then tiles of rows in turn."""
+    await_previous()
     c = tl.program_id(1) * BLOCK_C
     row = tl.arange(0, BLOCK_N)[:, None]
     inner = tl.arange(0, BLOCK_K)[None, :]
@@ -135,6 +137,7 @@ def linear_update_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    await_previous()
     tile = tl.program_id(0).to(tl.int64)
     start = tile * BLOCK_N
     left = N - start

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.rows import (
     MIN_BLOCK,
@@ -183,6 +184,7 @@ def pair_bias_kernel(
     BLOCK_H: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     position = tl.arange(0, BLOCK_I * BLOCK_J)[:, None]
     i, j = position % BLOCK_I, position // BLOCK_I
     column, head = tl.arange(0, BLOCK_C)[None, :], tl.arange(0, BLOCK_H)[None, :]
@@ -234,6 +236,7 @@ def outer_product_sides_kernel(
     BLOCK_E: tl.constexpr,  # of both sides
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     row, inner = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_C)[:, None]
     column, side = tl.arange(0, BLOCK_C)[None, :], tl.arange(0, BLOCK_E)[None, :]
     weights = load_sides(left_weights_ptr, right_weights_ptr, C, inner, side, E, E)

@@ -11,6 +11,7 @@ Legend: as there; g programs.
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.norm_project import (
     Pairs,
@@ -78,6 +79,7 @@ def pair_bias_backward_kernel(
     BLOCK_H: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     ROWS: tl.constexpr = BLOCK_I * BLOCK_J
     position = tl.arange(0, ROWS)[:, None]
     i, j = position % BLOCK_I, position // BLOCK_I
@@ -169,6 +171,7 @@ def outer_product_sides_backward_kernel(
     BLOCK_E: tl.constexpr,  # of both sides
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     row, inner = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_C)[:, None]
     column, side = tl.arange(0, BLOCK_C)[None, :], tl.arange(0, BLOCK_E)[None, :]
     weights = load_sides(left_weights_ptr, right_weights_ptr, C, inner, side, E, E)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from foldcore.config import OptimizerConfig
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 
 # factor of the gradient, learning rate, decay of the averages, 1 - beta1**step, 1 - beta2**step,
@@ -47,6 +48,7 @@ def optimizer_squares_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    await_previous()
     total = tl.zeros([BLOCK], tl.float32)
     for tile in range(TILES):
         start = (tile * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK
@@ -76,6 +78,7 @@ def optimizer_update_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    await_previous()
     factor, rate = tl.load(coefficients_ptr), tl.load(coefficients_ptr + 1)
     decay, made = tl.load(coefficients_ptr + 2), tl.load(coefficients_ptr + 5) > 0
     correction1, correction2 = tl.load(coefficients_ptr + 3), tl.load(coefficients_ptr + 4)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import Tiles, block, choose, load_tile, load_vector, product, store_tile
 
@@ -74,6 +75,7 @@ def outer_product_project_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):
+    await_previous()
     start = tl.program_id(0) * BLOCK_N
     row = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_Z)[None, :]
@@ -111,6 +113,7 @@ def outer_product_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):
+    await_previous()
     start = tl.program_id(0) * BLOCK_N
     row = tl.arange(0, BLOCK_N)[:, None]
     column = tl.arange(0, BLOCK_Z)[None, :]
@@ -147,6 +150,7 @@ def outer_product_weights_kernel(
     BLOCK_Z: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    await_previous()
     k = tl.program_id(0) * BLOCK_K
     group = tl.program_id(1)
     channel = k + tl.arange(0, BLOCK_K)[None, :]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv, next_power_of_2
 
 EPS = tl.constexpr(1e-5)  # added to the variance
@@ -173,6 +174,7 @@ def column_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    await_previous()
     sum_columns(x_ptr, y_ptr, tl.program_id(0), N, M, BLOCK_N, BLOCK_M)
 
 
@@ -189,6 +191,7 @@ def two_column_sums_kernel(
     BLOCK_N2: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    await_previous()
     FIRST: tl.constexpr = (M1 + BLOCK_M - 1) // BLOCK_M
     part = tl.program_id(0)
     if part < FIRST:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.attention import LOG2_E, MASKED
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv, next_power_of_2
 
 
@@ -143,6 +144,7 @@ def template_attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    await_previous()
     C: tl.constexpr = HEADS * WIDTH
     first = tl.program_id(0) * BLOCK_P
     left = PAIRS - first
@@ -193,6 +195,7 @@ def template_attention_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    await_previous()
     C: tl.constexpr = HEADS * WIDTH
     first = tl.program_id(0) * BLOCK_P
     left = PAIRS - first

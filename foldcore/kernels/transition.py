@@ -9,6 +9,7 @@ Legend: n rows, c channels, f hidden channels.
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import (
     Tiles,
@@ -48,6 +49,7 @@ def transition_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    await_previous()
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     left = N - start
     row = tl.arange(0, BLOCK_N)[:, None]

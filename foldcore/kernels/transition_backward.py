@@ -14,6 +14,7 @@ Legend: n rows, c channels, f hidden channels, g groups of rows.
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.layer_norm import Sizes
 from foldcore.kernels.rows import (
@@ -52,6 +53,7 @@ def transition_mask_kernel(
     WHOLE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     f = tl.program_id(0) % PARTS * BLOCK_F
     group = tl.program_id(0) // PARTS
     row = tl.arange(0, BLOCK_N)[:, None]
@@ -92,6 +94,7 @@ def transition_norm_backward_kernel(
     WHOLE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     group = tl.program_id(0)
     row = tl.arange(0, BLOCK_N)[:, None]
     index = tl.arange(0, BLOCK_C)

@@ -13,6 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import (
     Tiles,
@@ -48,6 +49,7 @@ def transition_hidden_kernel(
     WHOLE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    await_previous()
     f = tl.program_id(0) % PARTS * BLOCK_F
     group = tl.program_id(0) // PARTS
     row = tl.arange(0, BLOCK_N)[:, None]
@@ -81,6 +83,7 @@ def transition_second_kernel(
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    await_previous()
     start = tl.cast(tl.program_id(0) // PARTS, tl.int64) * BLOCK_N
     c = tl.program_id(0) % PARTS * BLOCK_C
     left = N - start

@@ -15,6 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import block, load_tile, load_vector, product, store_tile
 from foldcore.kernels.triangle_tiles import (
@@ -53,6 +54,7 @@ def triangle_project_kernel(
     AHEAD: tl.constexpr,
 ):
     """Programs: left or right, some of its channels, group of tiles."""
+    await_previous()
     first_channel = tl.program_id(1) * BLOCK_H
     channels = H - first_channel
     value_weights, gate_weights, value_bias, gate_bias = gated_weights(
@@ -131,6 +133,7 @@ def triangle_output_kernel(
     AHEAD: tl.constexpr,
 ):
     """Programs: group of i, some of the channels, block of an example's j."""
+    await_previous()
     P: tl.constexpr = I * J
     example, j, left = place(tl.program_id(2), J, BLOCK_P)
     c = tl.program_id(1) * BLOCK_O

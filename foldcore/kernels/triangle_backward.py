@@ -10,6 +10,7 @@ Legend: see ``triangle``; g groups of tiles.
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.rows import (
     block,
@@ -53,6 +54,7 @@ def triangle_project_backward_kernel(
     AHEAD: tl.constexpr,
 ):
     """Programs: left or right, some of its channels, group of tiles."""
+    await_previous()
     N: tl.constexpr = B * P
     first_channel = tl.cast(tl.program_id(1) * BLOCK_H, tl.int64)
     channels = H - first_channel
@@ -107,6 +109,7 @@ def triangle_norm_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """The gradient by the pair, with ``dout`` added; scale and offset are in the weights."""
+    await_previous()
     start = tl.program_id(0).to(tl.int64) * BLOCK_P
     row = tl.arange(0, BLOCK_P)[:, None]
     column = tl.arange(0, BLOCK_C)[None, :]

@@ -24,6 +24,7 @@ from typing import TypeVar
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import block, load_tile, load_vector, store_tile
 from foldcore.kernels.triangle_tiles import moments, store_vector
@@ -72,6 +73,7 @@ def triangle_fold_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Programs: PARTS for the columns of each of the six weights, then one for some of the rows."""
+    await_previous()
     W: tl.constexpr = 4 * H + C
     norm = norm_scale_ptr, norm_offset_ptr
     which = tl.program_id(0) // PARTS
@@ -174,6 +176,7 @@ def triangle_fold_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A program for some rows of the weights: of the output, or of all others."""
+    await_previous()
     W: tl.constexpr = 4 * H + C
     row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     dtype = dvectors_ptr.dtype.element_ty

@@ -15,6 +15,7 @@ Legend: see ``triangle``; g groups of tiles, o parts of the channels of pairs.
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import (
     block,
@@ -68,6 +69,7 @@ def triangle_output_backward_kernel(
     AHEAD: tl.constexpr,
 ):
     """Programs: group of i, some of the channels, block of an example's j."""
+    await_previous()
     P: tl.constexpr = I * J
     N: tl.constexpr = B * P
     example, j, left = place(tl.program_id(2), J, BLOCK_P)
@@ -155,6 +157,7 @@ def triangle_center_backward_kernel(
     AHEAD: tl.constexpr,
 ):
     """Programs: group of tiles, some of the channels of the product."""
+    await_previous()
     N: tl.constexpr = B * P
     h = tl.cast(tl.program_id(1) * BLOCK_H, tl.int64)
     position = tl.arange(0, BLOCK_P)
