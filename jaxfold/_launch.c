@@ -3,7 +3,8 @@
 // A program says in two attributes which kernel it launches (a key, under which Python has given its
 // machine code) and on what grid; scalars are words of 8 bytes. A kernel takes pointers to its inputs,
 // scalars, pointers to its outputs, and two pointers to scratch memory, which stay null. A call always
-// launches the same on its stream, so XLA may capture it in a command buffer.
+// launches the same on its stream, so XLA may capture it in a command buffer. A launch may begin while
+// the one before it on its stream ends, if its kernel waits itself (foldcore/kernels/dependent.py).
 
 #include <cuda.h>
 #include <dlfcn.h>
@@ -30,7 +31,7 @@ typedef struct Loaded {  // a kernel in one device's context
 typedef struct Kernel {
   char *key, *name;
   void* image;
-  uint32_t threads, shared;
+  uint32_t threads, shared, overlapped;
   Loaded* loaded;
   struct Kernel* next;
 } Kernel;
@@ -45,8 +46,7 @@ static struct {
   CUresult (*load)(CUmodule*, const void*);
   CUresult (*function)(CUfunction*, CUmodule, const char*);
   CUresult (*attribute)(CUfunction, CUfunction_attribute, int);
-  CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                     unsigned, CUstream, void**, void**);
+  CUresult (*launch)(const CUlaunchConfig*, CUfunction, void**, void**);
 } cuda;
 
 static Kernel** place(const char* key, size_t length) {
@@ -64,7 +64,7 @@ const char* twinfold_open(const char* library) {
   if (!driver) return dlerror();
   const char* names[] = {"cuGetErrorString",    "cuCtxGetCurrent",    "cuThreadExchangeStreamCaptureMode",
                          "cuModuleLoadData",    "cuModuleGetFunction", "cuFuncSetAttribute",
-                         "cuLaunchKernel"};
+                         "cuLaunchKernelEx"};
   void** found = (void**)&cuda;
   for (size_t i = 0; i < sizeof names / sizeof *names; ++i)
     if (!(found[i] = dlsym(driver, names[i]))) return names[i];
@@ -73,7 +73,7 @@ const char* twinfold_open(const char* library) {
 
 // Makes a kernel known; a key that is known already keeps its kernel. Not zero: there is no memory.
 int twinfold_add(const char* key, const char* name, const void* image, size_t size, uint32_t threads,
-                 uint32_t shared) {
+                 uint32_t shared, uint32_t overlapped) {
   pthread_mutex_lock(&lock);
   int known = *place(key, strlen(key)) != NULL;
   pthread_mutex_unlock(&lock);
@@ -84,6 +84,7 @@ int twinfold_add(const char* key, const char* name, const void* image, size_t si
   kernel->image = memcpy(copy, image, size);
   kernel->threads = threads;
   kernel->shared = shared;
+  kernel->overlapped = overlapped;
   pthread_mutex_lock(&lock);
   Kernel** free_place = place(key, strlen(key));
   if (!*free_place) *free_place = kernel;
@@ -186,6 +187,17 @@ static XLA_FFI_Error* stream_of(const XLA_FFI_CallFrame* frame, CUstream* stream
 #endif
 }
 
+static CUresult launch(const Kernel* kernel, CUfunction function, const int32_t* grid, CUstream stream,
+                       void** params) {
+  CUlaunchAttribute overlapped = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                  .value.programmaticStreamSerializationAllowed = 1};
+  CUlaunchConfig config = {.gridDimX = grid[0], .gridDimY = grid[1], .gridDimZ = grid[2],
+                           .blockDimX = kernel->threads, .blockDimY = 1, .blockDimZ = 1,
+                           .sharedMemBytes = kernel->shared, .hStream = stream,
+                           .attrs = &overlapped, .numAttrs = kernel->overlapped};
+  return cuda.launch(&config, function, params, NULL);
+}
+
 // Before a run: loads the kernel, so that nothing is loaded while XLA captures the launch.
 XLA_FFI_Error* twinfold_initialize(XLA_FFI_CallFrame* frame) {
   Kernel* kernel;
@@ -223,9 +235,7 @@ XLA_FFI_Error* twinfold_execute(XLA_FFI_CallFrame* frame) {
   CUstream stream;
   XLA_FFI_Error* error = find(frame, &kernel, &function);
   if (error || (error = stream_of(frame, &stream))) return error;
-  const int32_t* size = grid->data;
-  CUresult result = cuda.launch(function, size[0], size[1], size[2], kernel->threads, 1, 1,
-                                kernel->shared, stream, params, NULL);
+  CUresult result = launch(kernel, function, grid->data, stream, params);
   if (!result) return NULL;
   return fail(frame, XLA_FFI_Error_Code_INTERNAL, "cannot launch the Triton kernel %s: %s", kernel->key,
               reason(result));

@@ -31,6 +31,7 @@ class Kernel(NamedTuple):
     image: bytes
     threads: int  # in a block
     shared: int  # bytes of shared memory
+    overlapped: bool  # it may be launched while the launch before it ends
 
 
 def launcher() -> ctypes.CDLL:
@@ -56,7 +57,8 @@ def add(library: ctypes.CDLL, kernel: Kernel) -> None:
     """Let programs launch the kernel, under its key."""
     names = (kernel.key.encode(), kernel.name.encode())
     size = ctypes.c_size_t(len(kernel.image))
-    if library.twinfold_add(*names, kernel.image, size, kernel.threads, kernel.shared):
+    sizes = (kernel.threads, kernel.shared, kernel.overlapped)
+    if library.twinfold_add(*names, kernel.image, size, *sizes):
         raise MemoryError(f"no memory for the Triton kernel {kernel.key}")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from foldcore.kernels.launch import overlap
 from jaxfold._launcher import Kernel, add, launcher
 
 PRIMITIVE = "triton_kernel_call"
@@ -84,7 +85,7 @@ class Request:
         """A name that tells it from all others, known before it is compiled."""
         import triton
 
-        parts = (triton.__version__, self.source().hash(), self.num_warps, self.num_stages)
+        parts = (triton.__version__, self.source().hash(), *self._options().items())
         digest = hashlib.sha256(f"{self.architecture} {parts}".encode()).hexdigest()
         return f"{self.function.fn.__name__}-{digest}"
 
@@ -118,10 +119,12 @@ class Request:
         if data.global_scratch_size or data.profile_scratch_size or data.num_ctas != 1:
             raise ValueError(f"{data.name} needs scratch memory or clusters of programs")
         threads = 32 * data.num_warps
-        return Kernel(self.key, data.name, made.asm["cubin"], threads, data.shared)
+        sizes = threads, data.shared
+        return Kernel(self.key, data.name, made.asm["cubin"], *sizes, data.launch_pdl)
 
     def _options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        sizes = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return sizes | overlap(self.architecture)
 
 
 @functools.cache

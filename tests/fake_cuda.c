@@ -11,7 +11,7 @@ typedef struct {
 } Image;
 
 static Image loaded[16];
-int loads, launches, threads, shared, dynamic, relaxed, refuse;
+int loads, launches, threads, shared, dynamic, relaxed, refuse, overlapped;
 _Thread_local long context = 1;
 
 CUresult cuGetErrorString(CUresult result, const char** text) {
@@ -48,19 +48,24 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x,
-                        unsigned block_y, unsigned block_z, unsigned bytes, CUstream stream,
-                        void** params, void** extra) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** params,
+                          void** extra) {
   Image* image = (Image*)function;
-  if (refuse || stream || extra) return CUDA_ERROR_INVALID_VALUE;
+  if (refuse || config->hStream || extra) return CUDA_ERROR_INVALID_VALUE;
   ++launches;
-  threads = block_x * block_y * block_z;
-  shared = bytes;
+  overlapped = 0;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      overlapped = config->attrs[i].value.programmaticStreamSerializationAllowed;
+    else
+      return CUDA_ERROR_INVALID_VALUE;
+  threads = config->blockDimX * config->blockDimY * config->blockDimZ;
+  shared = config->sharedMemBytes;
   int given = image->inputs + image->scalars;
   if (*(void**)params[given + image->outputs] || *(void**)params[given + image->outputs + 1])
     return CUDA_ERROR_INVALID_VALUE;
   for (int i = 0; i < image->elements; ++i) {
-    float sum = (float)(x * y * z);
+    float sum = (float)(config->gridDimX * config->gridDimY * config->gridDimZ);
     for (int k = 0; k < image->inputs; ++k) sum += (*(float**)params[k])[i];
     for (int k = 0; k < image->scalars; ++k)
       sum += k ? (float)*(int32_t*)params[image->inputs + k] : *(float*)params[image->inputs];

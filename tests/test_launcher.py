@@ -39,9 +39,17 @@ class Driver:
     def refuse(self, refuse: bool) -> None:
         ctypes.c_int.in_dll(self.driver, "refuse").value = refuse
 
-    def add(self, key: str, *, inputs: int = 1, scalars: int = 0, outputs: int = 1) -> None:
+    def add(
+        self,
+        key: str,
+        *,
+        inputs: int = 1,
+        scalars: int = 0,
+        outputs: int = 1,
+        overlapped: bool = False,
+    ) -> None:
         image = struct.pack("4i", inputs, scalars, outputs, SIZE)
-        _launcher.add(self.library, Kernel(key, "sum", image, threads=128, shared=50_000))
+        _launcher.add(self.library, Kernel(key, "sum", image, 128, 50_000, overlapped))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,14 @@ def test_a_kernel_is_loaded_once(driver: Driver) -> None:
     driver.add("once", inputs=0)  # a key that is known keeps its kernel
     np.testing.assert_array_equal(jax.jit(lambda x: launch("once", x)[0])(array()), array(start=1))
     assert (driver.loads, driver.launches) == (loads + 1, launches + 4)
+
+
+def test_a_launch_overlaps_the_one_before_if_its_kernel_says_so(driver: Driver) -> None:
+    for overlapped in (True, False, True):
+        key = f"overlapped: {overlapped}"
+        driver.add(key, overlapped=overlapped)
+        jax.block_until_ready(jax.jit(lambda x, key=key: launch(key, x)[0])(array()))
+        assert driver.overlapped == overlapped
 
 
 def test_an_output_takes_the_place_of_a_donated_input(driver: Driver) -> None:

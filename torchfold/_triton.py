@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldcore.kernels.launch import INTERPRETER, NEEDS_GPU, Launch, Output
+from foldcore.kernels.launch import INTERPRETER, NEEDS_GPU, Launch, Output, options
 from torchfold.ops import UnsupportedOp
 
 # where launches are noted instead of made
@@ -31,8 +31,7 @@ def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
         *launch.scalars,
         *outputs,
         **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **options(launch, architecture(inputs[0].device)),
     )
     return outputs
 
@@ -50,8 +49,7 @@ def compile_kernel(launch: Launch, input_dtypes: Sequence[torch.dtype]) -> Any:
         *outputs,
         grid=launch.grid,
         **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **options(launch, architecture(torch.device("cuda", torch.cuda.current_device()))),
     )
 
 
