@@ -33,7 +33,7 @@ def overlapped(_semantic: Any = None) -> tl.constexpr | bool:
     return tl.constexpr(_semantic.builder.options.launch_pdl)
 
 
-overlapped.__triton_builtin__ = True  # the compiler calls it with ``_semantic``
+setattr(overlapped, tl.core.TRITON_BUILTIN, True)  # the compiler calls it with ``_semantic``
 
 
 @triton.jit
