@@ -11,7 +11,8 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -47,7 +48,7 @@ from foldcore.kernels import (
     triangle_output_backward,
 )
 from foldcore.kernels.attention_tiles import Problem
-from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.launch import Launch, Output, options
 
 TARGET = GPUTarget("cuda", 90, 32)
 KIND = "bfloat16", 90
@@ -188,19 +189,23 @@ def racing() -> Launch:
 
 def compiled(launch: Launch) -> str:
     """What Triton makes of it, as text, in its last form that knows of buffers and products."""
+    return lowered(source(launch), options(launch, TARGET.arch), ("ttir", "ttgir"))
+
+
+def source(launch: Launch) -> ASTSource:
+    """The kernel of a launch as Triton's compiler takes it."""
     names = list(launch.kernel.arg_names)
     pointers = [name for name in names if name not in launch.constants]
     kernel = launch.kernel.fn.__name__
     types = {name: input_type(kernel, name) for name in pointers}
     for name, output in zip(reversed(pointers), reversed(launch.outputs), strict=False):
         types[name] = TYPES[output.dtype]
-    source = ASTSource(
+    return ASTSource(
         launch.kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    return lowered(source, {"num_warps": launch.num_warps, "num_stages": launch.num_stages})
 
 
 def input_type(kernel: str, pointer: str) -> str:
@@ -210,8 +215,8 @@ def input_type(kernel: str, pointer: str) -> str:
     return "*fp32" if kernel in ALL_FLOAT32 or pointer in FLOAT32 else "*bf16"
 
 
-def lowered(source: ASTSource, given: dict[str, int]) -> str:
-    """The first two of the steps of ``triton.compile``, as the machine code tells no more."""
+def lowered(source: ASTSource, given: dict[str, Any], steps: Sequence[str]) -> str:
+    """The first steps of ``triton.compile``, as the machine code tells no more."""
     backend, context, metadata = make_backend(TARGET), ir.context(), {}
     options = backend.parse_options(given)
     ir.load_dialects(context)
@@ -220,7 +225,7 @@ def lowered(source: ASTSource, given: dict[str, int]) -> str:
     module = source.make_ir(TARGET, options, functions, backend.get_module_map(), context)
     stages: dict = {}
     backend.add_stages(stages, options, source.language)
-    for name in ("ttir", "ttgir"):
+    for name in steps:
         module = stages[name](module, metadata)
     return str(module)
 

@@ -77,7 +77,8 @@ def programs() -> dict[str, tuple[Any, list[Any]]]:
 
 def described(kernel: Kernel) -> list[Any]:
     image = hashlib.sha256(kernel.image).hexdigest()
-    return [kernel.name, kernel.image[1:4].decode(), kernel.threads, kernel.shared, image]
+    form = kernel.image[1:4].decode()
+    return [kernel.name, form, kernel.threads, kernel.shared, kernel.overlapped, image]
 
 
 def main() -> None:

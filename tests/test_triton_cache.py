@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from foldcore.kernels import launch
 from jaxfold._triton_cache import Request, calls
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,16 @@ def test_scalars_do_not_decide_what_is_compiled() -> None:
     assert one.words().astype("<i8").tobytes()[8:12] == np.int32(-1).tobytes()
     with pytest.raises(ValueError, match="scalars of a come after"):
         request((0, "i32", 1))
+
+
+def test_launches_that_overlap_are_of_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Request, "source", lambda self: SimpleNamespace(hash=lambda: "same"))
+    keys = set()
+    for architecture in (90, 90, 80):
+        keys.add(Request(SimpleNamespace(fn=len), (), (), 4, 2, architecture).key)
+    monkeypatch.setattr(launch, "OVERLAP", False)
+    keys.add(Request(SimpleNamespace(fn=len), (), (), 4, 2, 90).key)
+    assert len(keys) == 3
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +95,7 @@ def test_programs_name_their_kernels(reports: list[dict[str, Any]]) -> None:
     assert counts == {"norms": [2], "scaled": [2], "update": [1]}
     assert {key for call in calls.values() for key, _ in call["keys"]} == set(kernels)
     assert all(form == "ELF" and threads % 32 == 0 for _, form, threads, *_ in kernels.values())
+    assert all(overlapped for *_, overlapped, _ in kernels.values())
 
 
 def test_scalars_and_places_arrive(reports: list[dict[str, Any]]) -> None:
