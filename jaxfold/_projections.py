@@ -25,9 +25,10 @@ def pair_bias(pair: Array, scale: Array, offset: Array, weights: Array) -> tuple
 def layer_norm_pair_bias(
     pair: Array, scale: Array, offset: Array, weights: Array, axis: int
 ) -> tuple[Array, Array, Array]:
-    """Normalised pairs, the bias of attention along ``axis``, and the pairs."""
+    """Normalised pairs and bias, transposed along axis 1, and the pairs."""
     bias, normal = _pair_bias(pair, scale, offset, weights, axis, True)
-    return normal.reshape(pair.shape), bias, pair
+    b, _, q, k = bias.shape
+    return normal.reshape(b, q, k, -1), bias, pair
 
 
 def _pair_bias(

@@ -239,8 +239,7 @@ def template_attention(
     logits = jnp.sum(query[:, None].astype(wide) * key.astype(wide), axis=-1) * scale
     logits = jnp.where(mask[:, :, None, None, None] > 0, logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=1).astype(value.dtype)
-    gathered = jnp.sum(weights[..., None].astype(wide) * value.astype(wide), axis=1)
-    return gathered.astype(query.dtype)
+    return jnp.sum(weights[..., None].astype(wide) * value.astype(wide), axis=1).astype(query.dtype)
 
 
 class TriangleParameters(NamedTuple):
@@ -312,15 +311,16 @@ def apply_update(
 
 def linear_update(
     x: Float[Array, "b i j c"],
-    y: Float[Array, "b i j k"],
+    y: Float[Array, "b p q k"],
     weights: Float[Array, "k c"],
     bias: Float[Array, " c"],
     factor: Float[Array, "b ..."] | None = None,
     *,
     residual: bool = False,
+    transposed: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "b i j c"]:
-    """A projection of ``y`` as an update of ``x``.
+    """A projection of ``y``, of the same table or with ``transposed`` of [b j i], to update ``x``.
 
     With ``factor`` the update is multiplied by it (dropout, the same along axis 1 or 2), with
     ``residual`` added to ``x``.
@@ -328,7 +328,8 @@ def linear_update(
     if _kernel_runs("linear_update", implementation, x):
         from jaxfold import _linear_update
 
-        return _linear_update.linear_update(x, y, weights, bias, factor, residual)
+        return _linear_update.linear_update(x, y, weights, bias, factor, residual, transposed)
+    y = jnp.swapaxes(y, 1, 2) if transposed else y
     return apply_update(x, _plus(y @ weights, bias), factor, residual)
 
 

@@ -82,22 +82,24 @@ class Attention(nnx.Module):
         self,
         projected: Float[Array, "b s r 4 h d"],
         mask: Float[Array, "b s r"],
-        base: Float[Array, "b s r c_out"],
+        base: Float[Array, "b p q c_out"],
         bias: Float[Array, "b h n n"] | None = None,
         axis: int = 2,
         factor: Float[Array, "b ..."] | None = None,
         residual: bool = False,
-    ) -> Float[Array, "b s r c_out"]:
+        transposed: bool = False,
+    ) -> Float[Array, "b p q c_out"]:
         """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
 
-        The result is an update of ``base``, multiplied by ``factor`` (dropout), and with
-        ``residual`` added to it.
+        The result is an update of ``base``, which is the same table or with ``transposed`` its
+        transpose; multiplied by ``factor`` (dropout), and with ``residual`` added to it.
         """
         scale = self.query_w.shape[-1] ** -0.5
         gathered = ops.gated_attention(
             projected, self.gating_b[...], mask, bias, axis=axis, scale=scale
         )
-        return _project(gathered, self.output_w[...], self.output_b[...], base, factor, residual)
+        output = self.output_w[...], self.output_b[...]
+        return _project(gathered, *output, base, factor, residual, transposed)
 
     def to_templates(
         self,
@@ -119,13 +121,14 @@ def _project(
     gathered: Float[Array, "b s r h d"],
     weights: Float[Array, "h d c"],
     bias: Float[Array, " c"],
-    base: Float[Array, "b s r c"],
+    base: Float[Array, "b p q c"],
     factor: Float[Array, "b ..."] | None,
     residual: bool,
-) -> Float[Array, "b s r c"]:
+    transposed: bool = False,
+) -> Float[Array, "b p q c"]:
     """The heads' results as one update of ``base``, times ``factor``."""
-    flat = gathered.reshape(*base.shape[:3], -1), weights.reshape(-1, weights.shape[-1])
-    return ops.linear_update(base, *flat, bias, factor, residual=residual)
+    flat = gathered.reshape(*gathered.shape[:3], -1), weights.reshape(-1, weights.shape[-1])
+    return ops.linear_update(base, *flat, bias, factor, residual=residual, transposed=transposed)
 
 
 class GlobalAttention(nnx.Module):

@@ -39,19 +39,21 @@ def layer_norm_pair_bias(
     *,
     axis: int = 2,
     implementation: str | None = None,
-) -> tuple[Float[Array, "b i j c"], Float[Array, "b h q k"], Float[Array, "b i j c"]]:
+) -> tuple[Float[Array, "b q k c"], Float[Array, "b h q k"], Float[Array, "b i j c"]]:
     """Normalised pairs, bias of an attention among them along ``axis``, and the pairs.
 
-    (Suppl. Alg. 13 and 14, lines 1-3.) In the bias of axis 2 the query is i and the key j, in that
-    of axis 1 it is the other way round. Raises UnsupportedOp as ``pair_bias`` does.
+    (Suppl. Alg. 13 and 14, lines 1-3.) For axis 2 the query is i and the key j, for axis 1 it is
+    the other way round: attention is along rows of what is normalised, which is transposed. Raises
+    UnsupportedOp as ``pair_bias`` does.
     """
     if _kernel_runs("layer_norm_pair_bias", implementation, pair, weights, more=2):
         from jaxfold import _projections
 
         return _projections.layer_norm_pair_bias(pair, scale, offset, weights, axis)
     normal = ops.layer_norm(pair, scale, offset, implementation="reference")
-    equation = "bqkc,ch->bhqk" if axis == 2 else "bkqc,ch->bhqk"
-    return normal, jnp.einsum(equation, normal, weights), pair
+    if axis == 1:
+        normal = jnp.swapaxes(normal, 1, 2)
+    return normal, jnp.einsum("bqkc,ch->bhqk", normal, weights), pair
 
 
 def outer_product_sides(

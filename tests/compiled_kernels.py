@@ -73,9 +73,10 @@ def launches() -> Iterator[Launch]:
         yield layer_norm.forward(n, c, *KIND)
         yield layer_norm.backward(n, c, *KIND, residual=True)
         yield from transitions(n, c, 4 * c)
-        shape = linear_update.Shape(1, n // 256, 256, shared=1)
-        yield linear_update.forward(shape, c, c, *KIND, residual=True)
-        yield linear_update.backward(shape, c, c, *KIND)
+        for side in (0, linear_update.SIDE):
+            shape = linear_update.Shape(1, n // 256, 256, shared=1, side=side)
+            yield linear_update.forward(shape, c, c, *KIND, residual=True)
+            yield linear_update.backward(shape, c, c, *KIND)
     for b, c, residues in ((1, 128, 256), (4, 64, 256), (1, 128, 250)):
         pairs = residues * residues
         yield triangle_fold.forward(b, pairs, c, c, KIND[0])

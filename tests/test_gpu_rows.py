@@ -255,10 +255,12 @@ def test_jax_layer_norm_and_transition() -> None:
     check_jax(jax_function("transition", residual=True), given)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shared", [0, 1, 2])
-def test_jax_linear_update(shared: int) -> None:
-    case = test_kernels_update.Case((2, 33, 64), 256, 256, shared)
-    check_jax(jax_function("linear_update", residual=True), test_kernels_update.arrays(case))
+def test_jax_linear_update(shared: int, transposed: bool) -> None:
+    case = test_kernels_update.Case((2, 33, 64), 256, 256, shared, transposed=transposed)
+    function = jax_function("linear_update", residual=True, transposed=transposed)
+    check_jax(function, test_kernels_update.arrays(case))
 
 
 def test_jax_outer_product_mean() -> None:

@@ -116,12 +116,15 @@ def test_transition() -> None:
     assert jnp.linalg.norm(found - expected) < 1e-4 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shared", [0, 1, 2])
-def test_linear_update(shared: int) -> None:
+def test_linear_update(shared: int, transposed: bool) -> None:
     def run(implementation: str, **given: jax.Array) -> jax.Array:
-        return ops.linear_update(**given, residual=True, implementation=implementation)
+        options: Any = {"transposed": transposed, "implementation": implementation}
+        return ops.linear_update(**given, residual=True, **options)
 
-    check(run, test_kernels_update.arrays(test_kernels_update.Case((2, 5, 7), 16, 24, shared)))
+    case = test_kernels_update.Case((2, 5, 7), 16, 24, shared, transposed=transposed)
+    check(run, test_kernels_update.arrays(case))
 
 
 @pytest.mark.parametrize("outgoing", [True, False])

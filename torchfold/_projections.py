@@ -23,7 +23,7 @@ def pair_bias(
 def layer_norm_pair_bias(
     pair: Tensor, scale: Tensor, offset: Tensor, weights: Tensor, axis: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised pairs, the bias of attention along ``axis``, and the pairs."""
+    """Normalised pairs and bias, transposed along axis 1, and the pairs."""
     if not torch.is_grad_enabled():
         bias, normal = _pair_bias(pair, scale, offset, weights, axis, True)
         return normal, bias, pair
@@ -41,7 +41,7 @@ def _pair_bias(
     launch = kernels.pair_bias(shape, dtype_name(pair), architecture(pair.device), normal)
     bias, normalized = call(launch, pair, scale, offset, weights)
     bias = bias.view(_bias_shape(pair, weights, axis))
-    return bias, normalized.view(pair.shape) if normal else normalized
+    return bias, normalized.view(_normal_shape(pair, axis)) if normal else normalized
 
 
 @_pair_bias.register_fake
@@ -49,12 +49,17 @@ def _(
     pair: Tensor, scale: Tensor, offset: Tensor, weights: Tensor, axis: int, normal: bool
 ) -> tuple[Tensor, Tensor]:
     bias = pair.new_empty(_bias_shape(pair, weights, axis))
-    return bias, pair.new_empty(pair.shape if normal else (1,))
+    return bias, pair.new_empty(_normal_shape(pair, axis) if normal else (1,))
 
 
 def _bias_shape(pair: Tensor, weights: Tensor, axis: int) -> tuple[int, int, int, int]:
-    b, i, j, _ = pair.shape
-    return (b, weights.shape[1], i, j) if axis == 2 else (b, weights.shape[1], j, i)
+    b, q, k, _ = _normal_shape(pair, axis)
+    return b, weights.shape[1], q, k
+
+
+def _normal_shape(pair: Tensor, axis: int) -> tuple[int, int, int, int]:
+    b, i, j, c = pair.shape
+    return (b, i, j, c) if axis == 2 else (b, j, i, c)
 
 
 @torch.library.custom_op("twinfold::pair_bias_backward", mutates_args=())

@@ -304,15 +304,16 @@ def apply_update(
 
 def linear_update(
     x: Float[Tensor, "b i j c"],
-    y: Float[Tensor, "b i j k"],
+    y: Float[Tensor, "b p q k"],
     weights: Float[Tensor, "k c"],
     bias: Float[Tensor, " c"],
     factor: Float[Tensor, "b ..."] | None = None,
     *,
     residual: bool = False,
+    transposed: bool = False,
     implementation: str | None = None,
 ) -> Float[Tensor, "b i j c"]:
-    """A projection of ``y`` as an update of ``x``.
+    """A projection of ``y``, of the same table or with ``transposed`` of [b j i], to update ``x``.
 
     With ``factor`` the update is multiplied by it (dropout, the same along axis 1 or 2), with
     ``residual`` added to ``x``.
@@ -320,7 +321,8 @@ def linear_update(
     if _kernel_runs("linear_update", implementation, x):
         from torchfold import _linear_update
 
-        return _linear_update.linear_update(x, y, weights, bias, factor, residual)
+        return _linear_update.linear_update(x, y, weights, bias, factor, residual, transposed)
+    y = y.transpose(1, 2) if transposed else y
     return apply_update(x, F.linear(y, weights.T, bias), factor, residual)
 
 

@@ -89,20 +89,22 @@ class Attention(nn.Module):
         self,
         projected: Float[Tensor, "b s r 4 h d"],
         mask: Float[Tensor, "b s r"],
-        base: Float[Tensor, "b s r c_out"],
+        base: Float[Tensor, "b p q c_out"],
         bias: Float[Tensor, "b h n n"] | None = None,
         axis: int = 2,
         factor: Float[Tensor, "b ..."] | None = None,
         residual: bool = False,
-    ) -> Float[Tensor, "b s r c_out"]:
+        transposed: bool = False,
+    ) -> Float[Tensor, "b p q c_out"]:
         """Gated self-attention along the rows (axis 2) or the columns (axis 1) of a table.
 
-        The result is an update of ``base``, multiplied by ``factor`` (dropout), and with
-        ``residual`` added to it.
+        The result is an update of ``base``, which is the same table or with ``transposed`` its
+        transpose; multiplied by ``factor`` (dropout), and with ``residual`` added to it.
         """
         scale = self.query_w.shape[-1] ** -0.5
         gathered = ops.gated_attention(projected, self.gating_b, mask, bias, axis=axis, scale=scale)
-        return _project(gathered, self.output_w, self.output_b, base, factor, residual)
+        output = self.output_w, self.output_b
+        return _project(gathered, *output, base, factor, residual, transposed)
 
     def to_templates(
         self,
@@ -122,13 +124,14 @@ def _project(
     gathered: Float[Tensor, "b s r h d"],
     weights: Float[Tensor, "h d c"],
     bias: Float[Tensor, " c"],
-    base: Float[Tensor, "b s r c"],
+    base: Float[Tensor, "b p q c"],
     factor: Float[Tensor, "b ..."] | None,
     residual: bool,
-) -> Float[Tensor, "b s r c"]:
+    transposed: bool = False,
+) -> Float[Tensor, "b p q c"]:
     """The heads' results as one update of ``base``, times ``factor``."""
     flat = gathered.flatten(3), weights.flatten(0, 1)
-    return ops.linear_update(base, *flat, bias, factor, residual=residual)
+    return ops.linear_update(base, *flat, bias, factor, residual=residual, transposed=transposed)
 
 
 class GlobalAttention(nn.Module):

@@ -30,7 +30,7 @@ def pair_bias(
 
         return _projections.pair_bias(pair, scale, offset, weights)
     normal = ops.layer_norm(pair, scale, offset, implementation="reference")
-    return _move_heads(normal @ weights, axis=2), pair
+    return _move_heads(normal @ weights), pair
 
 
 def layer_norm_pair_bias(
@@ -41,18 +41,21 @@ def layer_norm_pair_bias(
     *,
     axis: int = 2,
     implementation: str | None = None,
-) -> tuple[Float[Tensor, "b i j c"], Float[Tensor, "b h q k"], Float[Tensor, "b i j c"]]:
+) -> tuple[Float[Tensor, "b q k c"], Float[Tensor, "b h q k"], Float[Tensor, "b i j c"]]:
     """Normalised pairs, bias of an attention among them along ``axis``, and the pairs.
 
-    (Suppl. Alg. 13 and 14, lines 1-3.) In the bias of axis 2 the query is i and the key j, in that
-    of axis 1 it is the other way round. Raises UnsupportedOp as ``pair_bias`` does.
+    (Suppl. Alg. 13 and 14, lines 1-3.) For axis 2 the query is i and the key j, for axis 1 it is
+    the other way round: attention is along rows of what is normalised, which is transposed. Raises
+    UnsupportedOp as ``pair_bias`` does.
     """
     if _kernel_runs("layer_norm_pair_bias", implementation, pair, weights, more=2):
         from torchfold import _projections
 
         return _projections.layer_norm_pair_bias(pair, scale, offset, weights, axis)
     normal = ops.layer_norm(pair, scale, offset, implementation="reference")
-    return normal, _move_heads(normal @ weights, axis), pair
+    if axis == 1:
+        normal = normal.transpose(1, 2)
+    return normal, _move_heads(normal @ weights), pair
 
 
 def outer_product_sides(
@@ -82,10 +85,9 @@ def outer_product_sides(
     return left, right, msa
 
 
-def _move_heads(bias: Float[Tensor, "b i j h"], axis: int) -> Float[Tensor, "b h q k"]:
-    """As attention along ``axis`` reads it."""
-    moved = torch.movedim(bias, -1, 1)
-    return (moved if axis == 2 else moved.mT).contiguous()
+def _move_heads(bias: Float[Tensor, "b q k h"]) -> Float[Tensor, "b h q k"]:
+    """As attention reads it."""
+    return torch.movedim(bias, -1, 1).contiguous()
 
 
 def _kernel_runs(

@@ -87,13 +87,22 @@ class TriangleAttention(nn.Module):
         residual: bool = False,
     ) -> Float[Tensor, "b i j c_z"]:
         norm, weights = self.query_norm, self.feat_2d_weights
-        # among edges that end at a residue, query and key are where they start: the columns
-        axis = 2 if self.starting else 1
+        # among edges that end at a residue, query and key are where they start: along columns,
+        # which are rows of the transposed table
+        axis, mask = (2, pair_mask) if self.starting else (1, pair_mask.mT)
         x, bias, pair = projections.layer_norm_pair_bias(
             pair, norm.scale, norm.offset, weights, axis=axis
         )
         projected = self.attention.project(x)
-        return self.attention.within(projected, pair_mask, pair, bias, axis, factor, residual)
+        return self.attention.within(
+            projected,
+            mask,
+            pair,
+            bias,
+            factor=factor,
+            residual=residual,
+            transposed=not self.starting,
+        )
 
 
 class TriangleAttentionStartingNode(TriangleAttention):

@@ -3,6 +3,10 @@
 The backward pass also sums the gradient of the bias; the gradient of the weights is a matrix
 product over all rows, which is left to the library.
 
+The rows that are projected may be those of the transposed table: (j, i), where the result's are
+(i, j). A tile is a rectangle of positions then, so that both tables are read and written in pieces
+of several rows.
+
 Legend: n = b i j rows, k input channels, c output channels, t tiles.
 """
 
@@ -15,6 +19,7 @@ import triton.language as tl
 
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
+from foldcore.kernels.norm_project import find_tile
 from foldcore.kernels.rows import (
     MIN_BLOCK,
     Tiles,
@@ -24,7 +29,6 @@ from foldcore.kernels.rows import (
     load_vector,
     load_weights,
     product,
-    store_tile,
 )
 
 # (architecture, channels of the tile that is loaded once, up to) -> sizes
@@ -43,37 +47,49 @@ BACKWARD = {
 TURNS: dict[int, tuple[int, int | None]] = {64: (2, 3), 128: (1, 3), 256: (1, None)}
 MULTIPROCESSORS = 132
 WEIGHTS = 256 * 256  # elements that a program holds at most
+SIDE = 8  # positions along i of a tile of transposed rows
 
 
 @dataclass(frozen=True)
 class Shape:
     """Rows (i, j) of b examples; the dropout factor is the same along the axis ``shared``.
 
-    ``shared`` is 1 for i, 2 for j, 0 where there is no factor.
+    ``shared`` is 1 for i, 2 for j, 0 where there is no factor. With a ``side``, the rows that are
+    projected are (j, i), and a tile has so many positions along i.
     """
 
     b: int
     i: int
     j: int
     shared: int
+    side: int = 0
 
     @classmethod
-    def of(cls, x: Sequence[int], factor: Sequence[int] | None) -> "Shape":
+    def of(
+        cls, x: Sequence[int], factor: Sequence[int] | None, transposed: bool = False
+    ) -> "Shape":
         """From the shapes of the result and of the factor."""
         b, i, j, c = x
         known = {None: 0, (b, 1, j, c): 1, (b, i, 1, c): 2}
         shape = None if factor is None else tuple(factor)
         if shape not in known:
             raise ValueError(f"a factor of shape {shape} for rows of shape {tuple(x)}")
-        return cls(b, i, j, known[shape])
+        return cls(b, i, j, known[shape], SIDE if transposed else 0)
 
     @property
     def rows(self) -> int:
         return self.b * self.i * self.j
 
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"N": self.rows, "I": self.i, "J": self.j, "SHARED": self.shared}
+    def tiles(self, rows: int) -> int:
+        """Tiles of so many rows."""
+        if not self.side:
+            return cdiv(self.rows, rows)
+        return self.b * cdiv(self.i, self.side) * cdiv(self.j, rows // self.side)
+
+    def constants(self, rows: int) -> dict[str, int]:
+        """What the kernels know of tiles of so many rows."""
+        sizes = {"N": self.rows, "I": self.i, "J": self.j, "SHARED": self.shared}
+        return sizes | {"SIDE": self.side, "BLOCK_N": rows, "TILES": self.tiles(rows)}
 
 
 @triton.jit
@@ -91,32 +107,31 @@ def linear_update_forward_kernel(
     K: tl.constexpr,
     C: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """Weights once a program, then tiles of rows in turn."""
     await_previous()
     c = tl.program_id(1) * BLOCK_C
-    row = tl.arange(0, BLOCK_N)[:, None]
     inner = tl.arange(0, BLOCK_K)[None, :]
     column = tl.arange(0, BLOCK_C)[None, :]
     weights = load_weights(weights_ptr, c, K, C, BLOCK_K, column).to(y_ptr.dtype.element_ty)
     bias = load_vector(bias_ptr + c, column, C - c)
-    tiles = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
-        start = tl.cast(tile, tl.int64) * BLOCK_N
-        left = N - start
-        y = load_tile(y_ptr + start * K, left, K, row, inner, K, 1)
+    for tile in tl.range(tl.program_id(0), TILES, tl.num_programs(0), num_stages=AHEAD):
+        start, row, y_start, y_row, inside = find_rows(tile, N, I, J, BLOCK_N, SIDE)
+        y = load_rows(y_ptr + y_start * K, y_row, inside, inner, K, K)
         update = product(y, weights) + bias
         if SHARED > 0:
-            factors = factor_rows(tile * BLOCK_N + row, I, J, SHARED)
-            update *= load_factor(factor_ptr + c, factors, row, left, C - c, column, C)
+            factors = factor_rows(tl.cast(start, tl.int32) + row, I, J, SHARED)
+            update *= load_rows(factor_ptr + c, factors, inside, column, C - c, C)
         if RESIDUAL:
             at = x_ptr + start * C + c
-            update += load_tile(at, left, C - c, row, column, C, 1).to(tl.float32)
-        store_tile(out_ptr + start * C + c, update, left, C - c, row, column, C, 1)
+            update += load_rows(at, row, inside, column, C - c, C).to(tl.float32)
+        store_rows(out_ptr + start * C + c, update, row, inside, column, C - c, C)
 
 
 @triton.jit
@@ -125,7 +140,7 @@ def linear_update_backward_kernel(
     weights_ptr,  # [k, c]
     factor_ptr,  # [b, j, c] or [b, i, c] float32
     dy_ptr,  # [n, k]
-    dupdate_ptr,  # [n, c]: dout times the factor; not written without
+    dupdate_ptr,  # [n, c]: dout times the factor, in the order of dy; see backward
     sums_ptr,  # [t, c]: of dupdate
     N: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
@@ -133,23 +148,24 @@ def linear_update_backward_kernel(
     SHARED: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     await_previous()
     tile = tl.program_id(0).to(tl.int64)
-    start = tile * BLOCK_N
-    left = N - start
-    row = tl.arange(0, BLOCK_N)[:, None]
+    start, row, y_start, y_row, inside = find_rows(tl.program_id(0), N, I, J, BLOCK_N, SIDE)
     index = tl.arange(0, BLOCK_C)
     column = index[None, :]
-    dout = load_tile(dout_ptr + start * C, left, C, row, column, C, 1)
+    dout = load_rows(dout_ptr + start * C, row, inside, column, C, C)
     dupdate = dout.to(tl.float32)
     if SHARED > 0:
-        factors = factor_rows(tl.program_id(0) * BLOCK_N + row, I, J, SHARED)
-        dupdate *= load_factor(factor_ptr, factors, row, left, C, column, C)
-        store_tile(dupdate_ptr + start * C, dupdate, left, C, row, column, C, 1)
+        factors = factor_rows(tl.cast(start, tl.int32) + row, I, J, SHARED)
+        dupdate *= load_rows(factor_ptr, factors, inside, column, C, C)
+    if SHARED > 0 or SIDE > 0:
+        store_rows(dupdate_ptr + y_start * C, dupdate, y_row, inside, column, C, C)
     tl.store(sums_ptr + tile * C + index, tl.sum(dupdate, 0), mask=index < C)
     dupdate = dupdate.to(dout.dtype)
     for k in range(0, K, BLOCK_K):
@@ -157,7 +173,47 @@ def linear_update_backward_kernel(
         at = weights_ptr + k * C
         weights = load_tile(at, K - k, C, inner[:, None], column, C, 1).to(dout.dtype)
         dy = product(dupdate, tl.trans(weights))
-        store_tile(dy_ptr + start * K + k, dy, left, K - k, row, inner[None, :], K, 1)
+        store_rows(dy_ptr + y_start * K + k, dy, y_row, inside, inner[None, :], K - k, K)
+
+
+@triton.jit
+def find_rows(
+    tile,
+    N: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Of a tile: its first row, its rows from there, the same of the rows that are projected, and
+    which are inside."""
+    row = tl.arange(0, BLOCK_N)[:, None]
+    if SIDE > 0:
+        example, first_i, first_j = find_tile(tile, I, J, SIDE, BLOCK_N // SIDE)
+        i, j = row % SIDE, row // SIDE
+        inside = (i < I - first_i) & (j < J - first_j)
+        start = example * (I * J) + first_i * J + first_j
+        y_start = example * (I * J) + first_j * I + first_i
+        row, y_row = i * J + j, j * I + i
+    else:
+        start = tl.cast(tile, tl.int64) * BLOCK_N
+        inside = row < N - start
+        y_start, y_row = start, row
+    return start, row, y_start, y_row, inside
+
+
+@triton.jit
+def load_rows(base_ptr, row, inside, column, COLUMNS, WIDTH: tl.constexpr):
+    """Rows of WIDTH channels, of which COLUMNS are left; 0 outside."""
+    at = base_ptr + row * WIDTH + column
+    return tl.load(at, mask=inside & (column < COLUMNS), other=0.0)
+
+
+@triton.jit
+def store_rows(base_ptr, tile, row, inside, column, COLUMNS, WIDTH: tl.constexpr):
+    """The counterpart of ``load_rows``."""
+    at = base_ptr + row * WIDTH + column
+    tl.store(at, tile.to(base_ptr.dtype.element_ty), mask=inside & (column < COLUMNS))
 
 
 @triton.jit
@@ -168,12 +224,6 @@ def factor_rows(row, I: tl.constexpr, J: tl.constexpr, SHARED: tl.constexpr):  #
     else:
         found = row // J
     return found
-
-
-@triton.jit
-def load_factor(base_ptr, factors, row, left, COLUMNS, column, C: tl.constexpr):
-    inside = (row < left) & (column < COLUMNS)
-    return tl.load(base_ptr + factors * C + column, mask=inside, other=0.0)
 
 
 def forward(
@@ -188,7 +238,7 @@ def forward(
     """(y, weights, bias, x, factor) -> factor * (y @ weights + bias), plus x with ``residual``."""
     tiles = tiles or choose(FORWARD, k, dtype, architecture)
     columns = max(MIN_BLOCK, min(tiles.fit(c), WEIGHTS // block(k)))
-    parts, count = cdiv(c, columns), cdiv(shape.rows, tiles.rows)
+    parts, count = cdiv(c, columns), shape.tiles(tiles.rows)
     programs, ahead = _turns(k, parts, dtype, architecture) or (count, None)
     sizes = {"K": k, "C": c, "RESIDUAL": residual, "AHEAD": ahead}
     blocks = {"BLOCK_K": block(k), "BLOCK_C": columns}
@@ -213,16 +263,18 @@ def backward(
 ) -> Launch:
     """(dout, weights, factor) -> dy [n, k], dupdate [n, c], sums [t, c] for the bias.
 
-    Without a factor dupdate is dout, and the second output but a placeholder.
+    Without a factor, and in the same order, dupdate is dout, and the second output but a
+    placeholder.
     """
     tiles = tiles or choose(BACKWARD, c, dtype, architecture)
+    count = shape.tiles(tiles.rows)
     outputs = (
         Output((shape.rows, k), dtype),
-        Output((shape.rows, c) if shape.shared else (1, 1), dtype),
-        Output((cdiv(shape.rows, tiles.rows), c), "float32"),
+        Output((shape.rows, c) if shape.shared or shape.side else (1, 1), dtype),
+        Output((count, c), "float32"),
     )
     sizes = {"K": k, "C": c, "BLOCK_K": tiles.fit(k), "BLOCK_C": block(c)}
-    grid = (cdiv(shape.rows, tiles.rows),)
+    grid = (count,)
     return _launch(linear_update_backward_kernel, shape, outputs, sizes, tiles, grid)
 
 
@@ -238,7 +290,7 @@ def _launch(
         kernel=kernel,
         grid=grid,
         outputs=outputs,
-        constants=shape.constants | sizes | {"BLOCK_N": tiles.rows},
+        constants=shape.constants(tiles.rows) | sizes,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

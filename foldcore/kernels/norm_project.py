@@ -1,7 +1,8 @@
 """Layer normalisation and a narrow projection of it, in one pass over the rows.
 
 Of pairs, the bias of an attention (Suppl. Alg. 7, 13, 14, line 3), written the way that attention
-reads it; the normalised pairs are written only where something else needs them. Of the MSA, both
+reads it: along columns, transposed. The normalised pairs are written only where something else
+needs them, and in the same order, for then that attention reads rows as well. Of the MSA, both
 sides of an outer product (Alg. 10, lines 1 and 2).
 
 A program takes tiles of rows in turn and keeps its weights on chip: all of an MSA's are as many
@@ -76,9 +77,9 @@ def fits(c: int, narrow: int) -> bool:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs [b, i, j, c] whose bias is [b, h, j, i].
+    """Pairs [b, i, j, c] whose bias is [b, h, j, i], and normalised [b, j, i, c].
 
-    A bias [b, h, i, j] is that of pairs [b, 1, i j, c].
+    A bias [b, h, i, j] is that of pairs [b, 1, i j, c], which so stay in their order.
     """
 
     b: int
@@ -170,7 +171,7 @@ def pair_bias_kernel(
     offset_ptr,  # [c]
     weights_ptr,  # [c, h]
     bias_ptr,  # [b, h, j, i]
-    normal_ptr,  # [b, i, j, c]; not written without NORMAL
+    normal_ptr,  # [b, j, i, c]; not written without NORMAL
     B: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     J: tl.constexpr,
@@ -198,11 +199,12 @@ def pair_bias_kernel(
         x = load_pairs(x_ptr + start, i * J + j, inside, column, C, WHOLE)
         normal, _ = standardize(x.to(tl.float32), column < C, C, 1)
         normal = (normal * scale + offset).to(x.dtype)
+        start = first_j * I + first_i
         if NORMAL:
-            store_pairs(normal_ptr + start, normal, i * J + j, inside, column, C, WHOLE)
+            at = normal_ptr + (example * (I * J) + start) * C
+            store_pairs(at, normal, j * I + i, inside, column, C, WHOLE)
         bias = product(normal, weights).to(x.dtype)
-        start = example * (H * I * J) + first_j * I + first_i
-        at = bias_ptr + start + (head * (I * J) + (j * I + i))
+        at = bias_ptr + example * (H * I * J) + start + (head * (I * J) + (j * I + i))
         tl.store(at, bias, mask=inside & (head < H))
 
 
@@ -260,12 +262,12 @@ def outer_product_sides_kernel(
 def pair_bias(
     pairs: Pairs, dtype: str, architecture: int, normal: bool, sizes: Sizes | None = None
 ) -> Launch:
-    """(x, scale, offset, weights) -> bias [b, h, j, i], normalised pairs [b, i, j, c].
+    """(x, scale, offset, weights) -> bias [b, h, j, i], normalised pairs [b, j, i, c].
 
     Without ``normal`` the second output is but a placeholder.
     """
     sizes = sizes or choose(PAIR_BIAS, pairs.c, dtype, architecture)
-    shape = pairs.b, pairs.i, pairs.j, pairs.c
+    shape = pairs.b, pairs.j, pairs.i, pairs.c
     bias = Output((pairs.b, pairs.h, pairs.j, pairs.i), dtype)
     return Launch(
         kernel=pair_bias_kernel,

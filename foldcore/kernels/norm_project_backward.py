@@ -61,7 +61,7 @@ def pair_bias_backward_kernel(
     offset_ptr,  # [c]
     weights_ptr,  # [c, h]
     dbias_ptr,  # [b, h, j, i]
-    dnormal_ptr,  # [b, i, j, c]; not read without NORMAL
+    dnormal_ptr,  # [b, j, i, c]; not read without NORMAL
     dresidual_ptr,  # [b, i, j, c]: what goes past the norm to dx; not read without RESIDUAL
     dx_ptr,  # [b, i, j, c]
     sums_ptr,  # [g, c h + 2 c]: gradients by weights, scale, offset
@@ -96,19 +96,20 @@ def pair_bias_backward_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=AHEAD):
         example, first_i, first_j = find_tile(tile, I, J, BLOCK_I, BLOCK_J)
         inside = (i < I - first_i) & (j < J - first_j)
-        start = example * (H * I * J) + first_j * I + first_i
-        at = dbias_ptr + start + (head * (I * J) + (j * I + i))
+        start = first_j * I + first_i
+        at = dbias_ptr + example * (H * I * J) + start + (head * (I * J) + (j * I + i))
         # what is loaded is no operand as it is: see tests/compiled_kernels.py
         dbias = tl.load(at, mask=inside & (head < H))
         dbias = tl.where(inside & (head < H), dbias, 0.0)
         total += dbias.to(tl.float32)
+        turned = (example * (I * J) + start) * C
         start = (example * (I * J) + first_i * J + first_j) * C
         x = load_pairs(x_ptr + start, i * J + j, inside, column, C, WHOLE)
         normal, rstd = standardize(as_result(x), column < C, C, 1)
         correlation += product(tl.trans(normal.to(x.dtype)), dbias)
         dy = product(dbias, tl.trans(weights))
         if NORMAL:
-            dnormal = load_pairs(dnormal_ptr + start, i * J + j, inside, column, C, WHOLE)
+            dnormal = load_pairs(dnormal_ptr + turned, j * I + i, inside, column, C, WHOLE)
             dnormal = tl.where(inside & (column < C), dnormal.to(tl.float32), 0.0)
             slope = dnormal * normal
             rounded = slope.to(x.dtype)
