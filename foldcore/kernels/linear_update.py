@@ -47,7 +47,7 @@ BACKWARD = {
 TURNS: dict[int, tuple[int, int | None]] = {64: (2, 3), 128: (1, 3), 256: (1, None)}
 MULTIPROCESSORS = 132
 WEIGHTS = 256 * 256  # elements that a program holds at most
-SIDE = 8  # positions along i of a tile of transposed rows
+SIDE = 16  # positions along i of a tile of transposed rows
 
 
 @dataclass(frozen=True)
