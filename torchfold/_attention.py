@@ -18,7 +18,8 @@ def gated_attention(
     scale: float,
 ) -> Tensor:
     """``ops.gated_attention`` by kernels, forward and backward."""
-    return _forward(projected, gate_bias, mask, bias, axis, scale)[0]
+    # a transposed mask is written out once, not by each kernel's call
+    return _forward(projected, gate_bias, mask.contiguous(), bias, axis, scale)[0]
 
 
 def _problem(projected: Tensor, bias: Tensor | None, axis: int, scale: float) -> Problem:

@@ -238,6 +238,19 @@ CASES = (
         {"residual": True},
         masks=("factor",),
     ),
+    # what is projected is of the transposed table
+    Case(
+        "linear_update",
+        {
+            "x": (2, 40, 30, C),
+            "y": (2, 30, 40, C),
+            "weights": (C, C),
+            "bias": (C,),
+            "factor": (2, 40, 1, C),
+        },
+        {"residual": True, "transposed": True},
+        masks=("factor",),
+    ),
     Case("transition", _TRANSITION, {"residual": True}, tolerance=SWITCHED),
     *(
         Case(
