@@ -337,6 +337,27 @@ def test_jax_projections_add_no_copies(axis: int) -> None:
     check_moves(function, given, seed, least=3)
 
 
+def test_jax_triangle_attention_adds_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around ending nodes, where kernels leave arrays transposed; that of the mask is small."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxfold import ops, triangle
+
+    monkeypatch.setattr(ops, "_chosen", "triton")
+    definition, state = nnx.split(triangle.TriangleAttentionEndingNode(128, 4, 32))
+    state = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), state)
+    pair, mask = jnp.ones((1, 64, 64, 128), jnp.bfloat16), jnp.ones((1, 64, 64))
+    factor = jnp.ones((1, 64, 1, 128))
+
+    def function(given):  # type: ignore[no-untyped-def]
+        state, pair = given
+        return nnx.merge(definition, state)(pair, mask, factor, residual=True)
+
+    check_moves(function, (state, pair), pair, least=9)
+
+
 def check_moves(function, given, seed, least: int) -> None:  # type: ignore[no-untyped-def]
     """As many launches of kernels at least, and no large array written out in another order."""
     import jax

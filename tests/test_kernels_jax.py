@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import tests.triton_interpreter  # noqa: F401
 from foldcore import dropout as definition
 from foldcore.config import ModelConfig
 from foldcore.kernels.launch import INTERPRETER, Launch
 from jaxfold import (
+    _attention,
     _dropout,
     _global_attention,
     _linear_update,
@@ -28,6 +30,7 @@ from jaxfold import (
     _triangle,
     ops,
     projections,
+    triangle,
 )
 from jaxfold.primitives import DropoutKey, keep_mask
 from jaxfold.step import Network
@@ -38,6 +41,7 @@ from tests import (
     test_kernels_rows,
     test_kernels_template,
     test_kernels_triangle,
+    test_kernels_triangle_attention,
     test_kernels_update,
 )
 from tests.test_kernels_triangle import Case
@@ -60,7 +64,7 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = _dropout, _global_attention, _linear_update, _outer_product, _projections, _rows
-    for module in (*kernels, _template_attention, _triangle):
+    for module in (*kernels, _attention, _template_attention, _triangle):
         monkeypatch.setattr(module, "call", call)
         if hasattr(module, "architecture"):
             monkeypatch.setattr(module, "architecture", lambda: INTERPRETER)
@@ -141,6 +145,22 @@ def test_triangle_multiplication(outgoing: bool) -> None:
         )
 
     check(run, test_kernels_triangle.arrays(Case(5, c=24, h=16, batch=2, dropout=outgoing)))
+
+
+@pytest.mark.parametrize("kind", ["StartingNode", "EndingNode"])
+def test_triangle_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [getattr(test_kernels_triangle_attention, name) for name in ("C", "HEADS", "WIDTH")]
+
+    def run(implementation: str, pair: jax.Array, **given: jax.Array) -> jax.Array:
+        monkeypatch.setattr(ops, "_chosen", implementation)
+        module = getattr(triangle, f"TriangleAttention{kind}")(*sizes)
+        inputs = (pair, given.pop("pair_mask"), given.pop("factor"))
+        for path, x in given.items():
+            owner, _, name = path.rpartition(".")
+            setattr(getattr(module, owner) if owner else module, name, nnx.Param(x))
+        return module(*inputs, residual=True)
+
+    check(run, test_kernels_triangle_attention.arrays(2, 7, 2))
 
 
 @pytest.mark.parametrize("axis", [1, 2])
