@@ -13,10 +13,10 @@ from jaxfold._triton import architecture, call, dtype_name
 
 @jax.custom_vjp
 def outer_product_mean(
-    left: Array, right: Array, mask: Array, weights: Array, bias: Array, pair: Array | None
+    left: Array, right: Array, count: Array, weights: Array, bias: Array, pair: Array | None
 ) -> Array:
     """The projected mean [b i j z] over sequences of outer products, added to ``pair``."""
-    return _forward(left, right, mask, weights, bias, pair)[0]
+    return _forward(left, right, count, weights, bias, pair)[0]
 
 
 def _shape(left: Array, right: Array, weights: Array) -> kernels.Shape:
@@ -35,25 +35,24 @@ def _outer(left: Array, right: Array) -> Array:
 
 
 def _forward(
-    left: Array, right: Array, mask: Array, weights: Array, bias: Array, pair: Array | None
+    left: Array, right: Array, count: Array, weights: Array, bias: Array, pair: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    """The result, and what the backward pass needs, with the number of sequences of each pair."""
-    wide_mask = mask.astype(jnp.float32)
-    count = wide_mask.mT @ wide_mask
+    """The result, and what the backward pass needs; ``count`` holds each pair's sequences."""
     shape = _shape(left, right, weights)
     launch = kernels.project(shape, dtype_name(left), architecture(), pair is not None)
     base = bias if pair is None else pair.reshape(-1, shape.z)
-    (out,) = call(launch, _outer(left, right), weights, bias, count, base)
+    (out,) = call(launch, _outer(left, right), weights, bias, count.astype(jnp.float32), base)
     # whether there is a pair is known from the structure: an array of it would be kept
-    saved = (left, right, mask, weights, bias, count, None if pair is None else ())
+    saved = (left, right, count, weights, bias, None if pair is None else ())
     return out.reshape(*count.shape, shape.z), saved
 
 
 def _backward(saved: tuple[Any, ...], grad: Array) -> tuple[Array | None, ...]:
-    """Gradients by left, right, weights, bias and pair; the mask has none."""
-    left, right, mask, weights, bias, count, residual = saved
+    """Gradients by left, right, weights, bias and pair; the count has none."""
+    left, right, count, weights, bias, residual = saved
     shape, kind = _shape(left, right, weights), (dtype_name(left), architecture())
-    sum_grad, outer_grad, sums = call(kernels.gradient(shape, *kind), grad, weights, count)
+    counted = grad, weights, count.astype(jnp.float32)
+    sum_grad, outer_grad, sums = call(kernels.gradient(shape, *kind), *counted)
     outer = _outer(left, right)
     outer_grad = outer_grad.reshape(outer.shape)
     (parts,) = call(kernels.weights(shape, *kind), outer, sum_grad)
@@ -64,7 +63,7 @@ def _backward(saved: tuple[Any, ...], grad: Array) -> tuple[Array | None, ...]:
     return (
         left_grad,
         right_grad,
-        jnp.zeros_like(mask),
+        jnp.zeros_like(count),
         *parameters,
         None if residual is None else grad,
     )

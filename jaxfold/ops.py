@@ -48,8 +48,7 @@ def _kernel_runs(op: str, implementation: str | None, *arrays: Array) -> bool:
         return False
     if name not in IMPLEMENTATIONS:
         _refuse(op, implementation, f"not one of {IMPLEMENTATIONS}", *arrays)
-    dtype = arrays[0].dtype.name
-    if dtype not in KERNEL_DTYPES:
+    if arrays[0].dtype.name not in KERNEL_DTYPES:
         _refuse(op, implementation, f"the kernel computes in {KERNEL_DTYPES}", *arrays)
     return True
 
@@ -380,21 +379,23 @@ def outer_product_mean(
     weights: Float[Array, "c e c_z"],
     bias: Float[Array, " c_z"],
     pair: Float[Array, "b i j c_z"] | None = None,
+    count: Float[Array, "b i j"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b i j c_z"]:
     """Mean over sequences of the outer product, projected (Suppl. Alg. 10, lines 3-4).
 
-    ``left`` and ``right`` are zero where masked. The bias is divided by the count too. With
-    ``pair``, the mean is added to it.
+    ``left`` and ``right`` are zero where masked. The bias is divided by the count too, of the
+    sequences that have both residues, which the mask says unless given. With ``pair``, the mean is
+    added to it.
     """
+    count = _sum_product("bsi,bsj->bij", mask, mask) if count is None else count
     if _kernel_runs("outer_product_mean", implementation, left, right):
         from jaxfold import _outer_product
 
-        return _outer_product.outer_product_mean(left, right, mask, weights, bias, pair)
+        return _outer_product.outer_product_mean(left, right, count, weights, bias, pair)
     outer = _sum_product("bsic,bsje->bijce", left, right).astype(left.dtype)
     projected = _sum_product("bijce,cez->bijz", outer, weights)
-    count = jnp.einsum("bsi,bsj->bij", mask, mask, preferred_element_type=projected.dtype)
     total = projected + bias.astype(projected.dtype)
-    update = (total / (OUTER_PRODUCT_EPS + count)[..., None]).astype(left.dtype)
+    update = (total / (OUTER_PRODUCT_EPS + count.astype(total.dtype))[..., None]).astype(left.dtype)
     return update if pair is None else pair + update

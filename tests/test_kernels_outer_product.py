@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests import kernel_checks
 from tests.kernel_checks import normal
-from torchfold import _triton, ops
+from torchfold import _triton, evoformer, ops, params
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,7 @@ class Case:
     batch: int = 1
     dtype: torch.dtype = torch.float32
     residual: bool = False
+    counted: bool = False  # the count is given, and not that of the mask
 
 
 def arrays(case: Case) -> dict[str, Tensor]:
@@ -39,8 +40,10 @@ def arrays(case: Case) -> dict[str, Tensor]:
     mask[:, : s // 2, r - 1] = 0
     mask[:, s // 2 :, r // 2] = 0
     mask[:, 0, 0] = 1
-    pair = {"pair": normal(generator, b, r, r, z)} if case.residual else {}
-    return pair | {
+    given = {"pair": normal(generator, b, r, r, z)} if case.residual else {}
+    if case.counted:
+        given["count"] = torch.randint(1, 9, (b, r, r), generator=generator).float()
+    return given | {
         "left": normal(generator, b, s, r, c) * mask[..., None],
         "right": normal(generator, b, s, r, e) * mask[..., None],
         "mask": mask,
@@ -55,7 +58,7 @@ def outer_product_mean(implementation: str, **given: Tensor) -> Tensor:
 
 
 def check(case: Case) -> None:
-    kernel_checks.check(outer_product_mean, arrays(case), case.dtype, ("mask",))
+    kernel_checks.check(outer_product_mean, arrays(case), case.dtype, ("mask", "count"))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,7 @@ def check(case: Case) -> None:
         Case(1),
         Case(7, sequences=1),
         Case(7, sequences=3, residual=True),
+        Case(7, sequences=3, counted=True),
         Case(37, c=4, e=4),
         Case(9, c=5, e=3, z=24, batch=2),
         Case(10, sequences=17, c=16, e=2, z=40, batch=2),
@@ -74,3 +78,25 @@ def check(case: Case) -> None:
 )
 def test_outer_product_mean(case: Case) -> None:
     check(case)
+
+
+def test_a_stack_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask's counts are those that each block would take from the mask."""
+    sizes = {
+        **{"msa_heads": 1, "msa_head_dim": 2, "pair_heads": 1, "pair_head_dim": 2},
+        **{"outer_product_hidden": 2, "triangle_hidden": 3, "transition_factor": 1},
+        **{"msa_dropout": 0.0, "pair_dropout": 0.0},
+    }
+    stack = evoformer.EvoformerStack(evoformer.EvoformerBlock(4, 3, **sizes), 3, 4, 5)
+    params.initialize(stack, seed=0)
+    mask = (torch.arange(35).view(1, 5, 7) % 3 > 0).float()
+    generator = torch.Generator().manual_seed(0)
+    msa, pair = normal(generator, 1, 5, 7, 4), normal(generator, 1, 7, 7, 3)
+    found = stack(msa, pair, mask, torch.ones(1, 7, 7))
+    counts: list[Tensor] = []
+    count = evoformer.sequence_count
+    monkeypatch.setattr(evoformer, "sequence_count", lambda x: counts.append(count(x)))
+    for one, other in zip(found, stack(msa, pair, mask, torch.ones(1, 7, 7)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(counts) == 1
+    assert counts[0][0, 1, 2] == (mask[0, :, 1] * mask[0, :, 2]).sum()

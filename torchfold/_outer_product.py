@@ -9,10 +9,10 @@ from torchfold._triton import architecture, call, dtype_name
 
 
 def outer_product_mean(
-    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
+    left: Tensor, right: Tensor, count: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
 ) -> Tensor:
     """The projected mean [b i j z] over sequences of outer products, added to ``pair``."""
-    return _forward(left, right, mask, weights, bias, pair)[0]
+    return _forward(left, right, count, weights, bias, pair)
 
 
 def _shape(left: Tensor, right: Tensor, weights: Tensor) -> kernels.Shape:
@@ -27,24 +27,22 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 @torch.library.custom_op("twinfold::outer_product_mean", mutates_args=())
 def _forward(
-    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The result, and the number of sequences of each pair."""
-    wide_mask = mask.float()
-    count = wide_mask.mT @ wide_mask
+    left: Tensor, right: Tensor, count: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
+) -> Tensor:
+    """The result; ``count`` holds the number of sequences of each pair."""
     shape = _shape(left, right, weights)
     kind, residual = (dtype_name(left), architecture(left.device)), pair is not None
-    inputs = (_outer(left, right), weights, bias, count, pair if pair is not None else bias)
+    past = pair if pair is not None else bias
+    inputs = (_outer(left, right), weights, bias, count.float(), past)
     (out,) = call(kernels.project(shape, *kind, residual), *inputs)
-    return out.view(*count.shape, shape.z), count
+    return out.view(*count.shape, shape.z)
 
 
 @_forward.register_fake
 def _(
-    left: Tensor, right: Tensor, mask: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    pairs = (left.shape[0], left.shape[2], right.shape[2])
-    return left.new_empty((*pairs, weights.shape[2])), mask.new_empty(pairs, dtype=torch.float32)
+    left: Tensor, right: Tensor, count: Tensor, weights: Tensor, bias: Tensor, pair: Tensor | None
+) -> Tensor:
+    return left.new_empty((*count.shape, weights.shape[2]))
 
 
 @torch.library.custom_op("twinfold::outer_product_mean_backward", mutates_args=())
@@ -53,7 +51,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by left, right, weights and bias."""
     shape, kind = _shape(left, right, weights), (dtype_name(left), architecture(left.device))
-    sum_grad, outer_grad, sums = call(kernels.gradient(shape, *kind), grad, weights, count)
+    sum_grad, outer_grad, sums = call(kernels.gradient(shape, *kind), grad, weights, count.float())
     outer = _outer(left, right)
     outer_grad = outer_grad.view(outer.shape)
     (parts,) = call(kernels.weights(shape, *kind), outer, sum_grad)
@@ -75,13 +73,12 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    left, right, _, weights, bias, pair = inputs
+    left, right, count, weights, bias, pair = inputs
     ctx.residual = pair is not None
-    ctx.set_materialize_grads(False)  # of the counts, which have none
-    ctx.save_for_backward(left, right, weights, bias, output[1])
+    ctx.save_for_backward(left, right, weights, bias, count)
 
 
-def _gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grad):  # type: ignore[no-untyped-def]
     left, right, weights, bias = _backward(grad, *ctx.saved_tensors)
     return left, right, None, weights, bias, grad if ctx.residual else None
 

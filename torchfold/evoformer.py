@@ -3,6 +3,7 @@
 Legend: s counts all MSA rows, clusters or extra sequences, and the rows of template torsions.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from torchfold.triangle import (
 
 Msa = Float[Tensor, "b s r c_m"]
 Pair = Float[Tensor, "b i j c_z"]
+Count = Float[Tensor, "b i j"]
 
 
 class MSARowAttentionWithPairBias(nn.Module):
@@ -103,6 +105,11 @@ class MSAColumnGlobalAttention(nn.Module):
         return self.attention(x, msa_mask, msa, axis=1, residual=residual)
 
 
+def sequence_count(mask: Float[Tensor, "b s r"]) -> Count:
+    """How many sequences have both residues of a pair, which ``OuterProductMean`` divides by."""
+    return torch.einsum("bsi,bsj->bij", mask, mask)
+
+
 class OuterProductMean(nn.Module):
     """From the MSA to the pair representation (Suppl. Alg. 10)."""
 
@@ -124,7 +131,11 @@ class OuterProductMean(nn.Module):
         return self.with_msa(msa, msa_mask, pair)[1]
 
     def with_msa(
-        self, msa: Msa, msa_mask: Float[Tensor, "b s r"], pair: Pair | None = None
+        self,
+        msa: Msa,
+        msa_mask: Float[Tensor, "b s r"],
+        pair: Pair | None = None,
+        count: Count | None = None,
     ) -> tuple[Msa, Pair]:
         """The MSA to go on with, whose gradients are added in the norm's kernel; and the same."""
         norm, layers = self.layer_norm_input, (self.left_projection, self.right_projection)
@@ -133,7 +144,7 @@ class OuterProductMean(nn.Module):
             msa, msa_mask, norm.scale, norm.offset, *linear
         )
         output = self.output_w, self.output_b
-        return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair)
+        return msa, ops.outer_product_mean(left, right, msa_mask, *output, pair, count)
 
 
 class EvoformerBlock(nn.Module):
@@ -188,9 +199,11 @@ class EvoformerBlock(nn.Module):
         msa_mask: Float[Tensor, "b s r"],
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
+        count: Count | None = None,
     ) -> tuple[Msa, Pair]:
+        """``count`` is what ``sequence_count`` makes of the mask, where it is known."""
         msa, pair = self._update_msa(msa, pair, msa_mask, dropout)
-        msa, pair = self.outer_product_mean.with_msa(msa, msa_mask, pair)
+        msa, pair = self.outer_product_mean.with_msa(msa, msa_mask, pair, count)
         return msa, self._update_pair(pair, pair_mask, dropout)
 
     def _update_msa(
@@ -251,9 +264,11 @@ class EvoformerStack(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair, Float[Tensor, "b r c_s"]]:
+        count = sequence_count(msa_mask)  # the same for all blocks
+
         def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: int) -> tuple[Msa, Pair]:
             key = dropout.enter("evoformer_iteration", index) if dropout else None
-            return block(*carry, msa_mask, pair_mask, key)
+            return block(*carry, msa_mask, pair_mask, key, count)
 
         msa, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
         return msa, pair, self.single_activations(msa[:, 0])
@@ -283,9 +298,11 @@ class ExtraMSAStack(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Tensor, "b i j c_z"]:
+        count = sequence_count(msa_mask)  # the same for all blocks
+
         def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: int) -> tuple[Msa, Pair]:
             key = dropout.enter("extra_msa_stack", index) if dropout else None
-            return block(*carry, msa_mask, pair_mask, key)
+            return block(*carry, msa_mask, pair_mask, key, count)
 
         _, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
         return pair

@@ -373,22 +373,23 @@ def outer_product_mean(
     weights: Float[Tensor, "c e c_z"],
     bias: Float[Tensor, " c_z"],
     pair: Float[Tensor, "b i j c_z"] | None = None,
+    count: Float[Tensor, "b i j"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Tensor, "b i j c_z"]:
     """Mean over sequences of the outer product, projected (Suppl. Alg. 10, lines 3-4).
 
-    ``left`` and ``right`` are zero where masked. The bias is divided by the count too. With
-    ``pair``, the mean is added to it.
+    ``left`` and ``right`` are zero where masked. The bias is divided by the count too, of the
+    sequences that have both residues, which the mask says unless given. With ``pair``, the mean is
+    added to it.
     """
+    count = _sum_product("bsi,bsj->bij", mask, mask) if count is None else count
     if _kernel_runs("outer_product_mean", implementation, left, right):
         from torchfold import _outer_product
 
-        return _outer_product.outer_product_mean(left, right, mask, weights, bias, pair)
+        return _outer_product.outer_product_mean(left, right, count, weights, bias, pair)
     outer = _sum_product("bsic,bsje->bijce", left, right).to(left.dtype)
     projected = _sum_product("bijce,cez->bijz", outer, weights)
-    wide_mask = mask.to(projected.dtype)
-    count = torch.einsum("bsi,bsj->bij", wide_mask, wide_mask)
     total = projected + bias.to(projected.dtype)
-    update = (total / (OUTER_PRODUCT_EPS + count)[..., None]).to(left.dtype)
+    update = (total / (OUTER_PRODUCT_EPS + count.to(total.dtype))[..., None]).to(left.dtype)
     return update if pair is None else pair + update
