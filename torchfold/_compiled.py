@@ -51,13 +51,16 @@ def trunk_piece(function: Function) -> Function:
 
 def _marked(function: Function, when: tuple[str, ...]) -> Function:
 
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(function, fullgraph=True, dynamic=False)
+    program: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        alone = _enabled in when and not torch.compiler.is_compiling()  # not inside another piece
-        return (compiled() if alone else function)(*arguments, **named)
+        if _enabled not in when or torch.compiler.is_compiling():  # inside another piece
+            return function(*arguments, **named)
+        if not program:
+            with torch.no_grad(), paused():  # fills tables: a program that does is of no use again
+                function(*arguments, **named)
+            program.append(torch.compile(function, fullgraph=True, dynamic=False))
+        return program[0](*arguments, **named)
 
     return run  # type: ignore[return-value]

@@ -46,6 +46,16 @@ def alphafold_loss(
     All terms are computed, for the log, but ``violation`` and ``aligned_error``: these are costly
     and are computed only where they have a weight or are named in ``also``.
     """
+    # where a piece cannot look: which sample is the last is known on the host
+    last = {name: _last_sample(batch, name)[:, None] for name in ("true_msa", "bert_mask")}
+    return _weighted(outputs, {**batch, **last}, config, tuple(also))
+
+
+@piece
+def _weighted(
+    outputs: Arrays, batch: Arrays, config: LossConfig, also: tuple[str, ...]
+) -> tuple[Float[Tensor, " b"], dict[str, Float[Tensor, " b"]]]:
+    """The same, for MSA labels of one pass."""
     terms = _terms(outputs, batch, config, {"violation", "aligned_error"} - set(also))
     total = sum(
         (getattr(config, name) * term for name, term in terms.items() if getattr(config, name)),
@@ -87,7 +97,6 @@ def resolution_accepted(resolution: Float[Tensor, " b"], config: LossConfig) -> 
     return (known | unknown).to(resolution.dtype)
 
 
-@piece
 def cross_entropy(
     logits: Float[Tensor, "*batch k"], label: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
@@ -98,7 +107,6 @@ def cross_entropy(
     return -torch.sum(chosen * torch.log_softmax(logits, dim=-1), dim=-1)
 
 
-@piece
 def distogram_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Distances between pseudo-beta atoms (Suppl. 1.9.8)."""
     logits = outputs["distogram_logits"]
@@ -132,7 +140,6 @@ def _last_sample(batch: Arrays, name: str) -> Float[Tensor, "b s r"]:
     return torch.stack([samples[i, count] for i, count in last])
 
 
-@piece
 def plddt_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """The network's own lDDT-C-alpha, in bins (Suppl. Alg. 29 and 1.9.6)."""
     logits = outputs["plddt_logits"]
@@ -160,7 +167,6 @@ def lddt_ca(
     return (1e-10 + torch.sum(near * preserved, dim=-1)) / (1e-10 + torch.sum(near, dim=-1))
 
 
-@piece
 def experimentally_resolved_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Whether each atom was seen in the experiment (Suppl. 1.9.10)."""
     logits = outputs["experimentally_resolved_logits"]
@@ -169,7 +175,6 @@ def experimentally_resolved_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor
     return masked_mean(exists, error, 1e-8)
 
 
-@piece
 def aligned_error_loss(outputs: Arrays, batch: Arrays) -> Float[Tensor, " b"]:
     """Error of residue j after alignment on the backbone frame of residue i (Suppl. 1.9.7)."""
     logits = outputs["aligned_error_logits"]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from foldcore import constants
 from torchfold._arrays import table
-from torchfold._compiled import piece
 from torchfold._products import exact_product
 from torchfold.rigid import Rigid, distance, rigid_from_flat12, rigid_from_quaternion
 
@@ -81,7 +80,6 @@ def _product(left: Float[Tensor, "*batch m k"], right: Float[Tensor, "*batch k n
     return exact_product(*flat).view(*left.shape[:-1], right.shape[-1])
 
 
-@piece
 def backbone_fape_loss(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
 ) -> Float[Tensor, " b"]:
@@ -103,7 +101,6 @@ class RenamedGroundTruth(NamedTuple):
     frames: Rigid  # [b r 8]
 
 
-@piece
 def rename_symmetric_ground_truth_atoms(
     batch: Mapping[str, Tensor], atom14_positions: Float[Tensor, "b r 14 3"]
 ) -> RenamedGroundTruth:
@@ -157,7 +154,6 @@ def _pairs(
     return rows[:, :, :, None, None] * columns[:, None, None]
 
 
-@piece
 def sidechain_fape_loss(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], renamed: RenamedGroundTruth
 ) -> Float[Tensor, " b"]:
@@ -179,7 +175,6 @@ def sidechain_fape_loss(
     )
 
 
-@piece
 def chi_loss(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
     """Side-chain torsions of every iteration, as points on a circle (Suppl. Alg. 27, lines 1-5)."""
     pred = torch.movedim(outputs["angles"], 0, 1)[..., 3:, :]

@@ -77,6 +77,18 @@ class StructureModule(nn.Module):
         singles, quaternions, translations = self._iterate(
             initial, pair, batch["seq_mask"], dropout
         )
+        return self._finish(singles, initial, quaternions, translations, batch)
+
+    @piece
+    def _finish(
+        self,
+        singles: Float[Tensor, "l b r c_s"],
+        initial: Float[Tensor, "b r c_s"],
+        quaternions: Float[Tensor, "l b r 4"],
+        translations: Float[Tensor, "l b r 3"],
+        batch: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Torsions and atoms, once all iterations are done (Suppl. Alg. 20, lines 11-14, 24)."""
         angles, raw_angles = self.fold_iteration.rigid_sidechain(singles, initial)
         rotations = quaternion_to_rotation(quaternions)
         backbone = Rigid(rotations[-1], translations[-1])
@@ -107,18 +119,30 @@ class StructureModule(nn.Module):
         translation.requires_grad_(torch.is_grad_enabled())
         found = []
         for iteration in range(self.num_iterations):
-            # no gradient through the chain of rotations: it makes training unstable
-            quaternion = quaternion.detach()
-            frames = Rigid(quaternion_to_rotation(quaternion), translation)
             key = dropout and dropout.enter("fold_iteration", iteration)
-            single, update = self.fold_iteration(single, shared, frames, key)
-            quaternion, translation = backbone_update(quaternion, translation, update)
+            # no gradient through the chain of rotations: it makes training unstable
+            single, quaternion, translation = self._iteration(
+                single, quaternion.detach(), translation, shared, key
+            )
             found.append((single, quaternion, translation))
         singles, quaternions, translations = (torch.stack(x) for x in zip(*found, strict=True))
         return singles, quaternions, translations * POSITION_SCALE
 
+    @piece
+    def _iteration(
+        self,
+        single: Float[Tensor, "b r c_s"],
+        quaternion: Float[Tensor, "b r 4"],
+        translation: Float[Tensor, "b r 3"],
+        shared: "Shared",
+        dropout: DropoutKey | None,
+    ) -> tuple[Float[Tensor, "b r c_s"], Float[Tensor, "b r 4"], Float[Tensor, "b r 3"]]:
+        """One iteration; the program of all, where it is compiled."""
+        frames = Rigid(quaternion_to_rotation(quaternion), translation)
+        single, update = self.fold_iteration(single, shared, frames, dropout)
+        return single, *backbone_update(quaternion, translation, update)
 
-@piece
+
 def _place_atoms(
     backbone: Rigid, angles: Float[Tensor, "b r 7 2"], batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -178,7 +202,6 @@ class FoldIteration(nn.Module):
         self.affine_update = Linear(c_s, 6, init="final")
         self.rigid_sidechain = RigidSidechain(c_s, sidechain_channels)
 
-    @piece
     def forward(
         self,
         single: Float[Tensor, "b r c_s"],
@@ -296,7 +319,6 @@ def _by_head(x: Float[Tensor, "b r h c"]) -> Float[Tensor, "b*h r c"]:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-@piece
 def backbone_update(
     quaternion: Float[Tensor, "b r 4"],
     translation: Float[Tensor, "b r 3"],
@@ -321,7 +343,6 @@ class RigidSidechain(nn.Module):
         self.resblock2_1 = Linear(c_hidden, c_hidden, init="final")
         self.unnormalized_angles = Linear(c_hidden, 14)
 
-    @piece
     def forward(
         self, single: Float[Tensor, "*batch r c_s"], initial_single: Float[Tensor, "*batch r c_s"]
     ) -> tuple[Float[Tensor, "*batch r 7 2"], Float[Tensor, "*batch r 7 2"]]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from foldcore import constants
 from torchfold._arrays import table
-from torchfold._compiled import piece
 from torchfold.rigid import distance, dot
 from torchfold.structure_losses import masked_mean
 
@@ -21,7 +20,6 @@ _N, _CA, _C, _SG = 0, 1, 2, 5  # atom14 slots; SG is slot 5 of CYS
 _PROLINE = constants.restype_order["P"]
 
 
-@piece
 def structural_violation_loss(
     outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], ca_c_n_stddev: float
 ) -> Float[Tensor, " b"]:
