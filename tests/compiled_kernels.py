@@ -37,6 +37,8 @@ from foldcore.kernels import (
     norm_project_backward,
     optimizer,
     outer_product,
+    outer_product_on_chip,
+    outer_product_on_chip_backward,
     rows,
     template_attention,
     transition,
@@ -56,6 +58,7 @@ TYPES = {"bfloat16": "*bf16", "float32": "*fp32", "uint8": "*u8"}
 # inputs of these names, or of these kernels, are float32
 FLOAT32 = (
     *("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr", "gathered_ptr"),
+    "parts_ptr",
     *("rstd_ptr", "center_mean_ptr", "center_rstd_ptr", "slope_ptr", "sums_ptr"),
     *("output_sums_ptr", "folded_bias_ptr", "output_folded_bias_ptr"),
 )
@@ -97,6 +100,10 @@ def launches() -> Iterator[Launch]:
     yield outer_product.project(outer, *KIND, residual=True)
     for kernel in (outer_product.gradient, outer_product.weights):
         yield kernel(outer, *KIND)
+    for residues in (256, 248):
+        yield from outer_products_on_chip(
+            outer_product_on_chip.Shape(1, 128, *[residues] * 2, 32, 32, 128)
+        )
     yield from projections()
     yield from transitions(4 * 65536, 64, 128)
     yield from transitions(62500, 128, 512)
@@ -106,6 +113,19 @@ def launches() -> Iterator[Launch]:
     yield optimizer.squares(93_000_000, KIND[1])
     yield optimizer.update(93_000_000, OptimizerConfig(), KIND[1])
     yield dropout.draw(programs=100, examples=1, total=100 * dropout.BLOCK)
+
+
+def outer_products_on_chip(shape: outer_product_on_chip.Shape) -> Iterator[Launch]:
+    """The kernels of an outer product mean of few sequences."""
+    yield outer_product_on_chip.turned(shape.b * shape.s, shape.i, shape.c, KIND[0])
+    yield outer_product_on_chip.project(shape, *KIND, residual=True)
+    backward = outer_product_on_chip_backward
+    yield backward.divide(shape.i * shape.j, shape.z, KIND[0])
+    for left in (True, False):
+        launch = backward.side_gradient(shape, KIND[1], left)
+        yield launch
+        yield backward.side_sum(launch.outputs[0].shape, KIND[0])
+    yield backward.weights_gradient(shape, KIND[1])
 
 
 def projections() -> Iterator[Launch]:

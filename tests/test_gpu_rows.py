@@ -119,6 +119,8 @@ def test_linear_update(
         {"residues": 37, "c": 24, "e": 20, "z": 72},
         {"residues": 1, "sequences": 1},
         {"residues": 256, "sequences": 128, "residual": True},
+        {"residues": 136, "sequences": 100, "batch": 2, "residual": True},
+        {"residues": 40, "sequences": 20, "c": 24, "e": 20, "z": 72},
         {"residues": 64, "sequences": 37, "dtype": torch.float32},
     ],
     ids=str,

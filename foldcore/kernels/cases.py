@@ -203,15 +203,18 @@ CASES = (
         {"query": (2, 9, 16, 4, 16), "projected": (2, 3, 9, 16, 2, 4, 16), "mask": (2, 3)},
         {"scale": 0.25},
     ),
-    Case(
-        "outer_product_mean",
-        {
-            "left": (1, 20, 24, 16),
-            "right": (1, 20, 24, 16),
-            "mask": (1, 20, 24),
-            "weights": (16, 16, C),
-            "bias": (C,),
-        },
+    *(
+        Case(
+            "outer_product_mean",
+            {
+                "left": (1, sequences, 24, 16),
+                "right": (1, sequences, 24, 16),
+                "mask": (1, sequences, 24),
+                "weights": (16, 16, C),
+                "bias": (C,),
+            },
+        )
+        for sequences in (12, 136)  # with and without the outer products kept on chip
     ),
     Case("pair_bias", {"pair": (1, 352, 348, C)} | _NORM, module="projections"),
     Case(
