@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.outer_product import COUNT_EPS
 from foldcore.kernels.rows import block, load_vector, product
@@ -170,6 +171,7 @@ def outer_product_mean_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_previous()
     I_BLOCKS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     i = tl.program_id(0) % I_BLOCKS * BLOCK_I
     j = tl.program_id(0) // I_BLOCKS * BLOCK_V
@@ -206,6 +208,7 @@ def outer_product_turn_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    await_previous()
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     at, inside = tl.program_id(0).to(tl.int64) * (I * C), (i < I) & (c < C)

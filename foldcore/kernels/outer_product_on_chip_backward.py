@@ -8,6 +8,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.outer_product import COUNT_EPS
 from foldcore.kernels.outer_product_on_chip import (
@@ -57,6 +58,7 @@ def outer_product_side_gradient_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_previous()
     I_BLOCKS: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     TURNS: tl.constexpr = (U + BLOCK_U * SPLITS - 1) // (BLOCK_U * SPLITS)
@@ -107,6 +109,7 @@ def outer_product_weights_gradient_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_previous()
     V_BLOCKS: tl.constexpr = (C + BLOCK_V - 1) // BLOCK_V
     D_BLOCKS: tl.constexpr = (I + BLOCK_D - 1) // BLOCK_D
     TURNS: tl.constexpr = (J + BLOCK_U * SPLITS - 1) // (BLOCK_U * SPLITS)
@@ -141,6 +144,7 @@ def outer_product_divide_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):
+    await_previous()
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     row, column = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_Z)[None, :]
     index, left = tl.arange(0, BLOCK_Z), N - start
@@ -162,6 +166,7 @@ def outer_product_side_sum_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    await_previous()
     i, example = tl.program_id(0), tl.program_id(1).to(tl.int64)
     v, s = tl.arange(0, BLOCK_V)[:, None], tl.arange(0, BLOCK_S)[None, :]
     inside = (v < V) & (s < S)
