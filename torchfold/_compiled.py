@@ -16,6 +16,7 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 VERSIONS = 64
 _enabled = "none"
+_programs: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def enable(what: str) -> None:
@@ -44,6 +45,11 @@ def piece(function: Function) -> Function:
     return _marked(function, ("structure", "blocks"))
 
 
+def constant_piece(function: Function) -> Function:
+    """The same for what has no gradient: one program serves passes with a gradient and without."""
+    return torch.no_grad()(piece(function))
+
+
 def trunk_piece(function: Function) -> Function:
     """The same for a block of the trunk."""
     return _marked(function, ("blocks",))
@@ -51,16 +57,14 @@ def trunk_piece(function: Function) -> Function:
 
 def _marked(function: Function, when: tuple[str, ...]) -> Function:
 
-    program: list[Callable[..., Any]] = []
-
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
         if _enabled not in when or torch.compiler.is_compiling():  # inside another piece
             return function(*arguments, **named)
-        if not program:
+        if function not in _programs:
             with torch.no_grad(), paused():  # fills tables: a program that does is of no use again
                 function(*arguments, **named)
-            program.append(torch.compile(function, fullgraph=True, dynamic=False))
-        return program[0](*arguments, **named)
+            _programs[function] = torch.compile(function, fullgraph=True, dynamic=False)
+        return _programs[function](*arguments, **named)
 
     return run  # type: ignore[return-value]

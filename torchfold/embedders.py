@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foldcore import constants
 from torchfold._arrays import one_hot, table
+from torchfold._compiled import constant_piece
 from torchfold.ops import at_least_float32
 from torchfold.primitives import LayerNorm, Linear
 from torchfold.rigid import torsion_angles_from_atom37
@@ -138,15 +139,26 @@ class TemplateAngleEmbedder(nn.Module):
         mask: Float[Tensor, "b t r 37"],
     ) -> tuple[Float[Tensor, "b t r c_m"], Float[Tensor, "b t r"]]:
         """The rows, and where they count: psi is defined."""
-        torsions = torsion_angles_from_atom37(template_aatype, positions, mask)
         dtype = self.template_single_embedding.weights.dtype
-        flat = (*template_aatype.shape, 14)
-        features = [
-            one_hot(template_aatype, TEMPLATE_CLASSES, dtype),
-            torsions.sin_cos.reshape(flat),
-            torsions.alt_sin_cos.reshape(flat),
-            torsions.mask,
-        ]
-        x = torch.cat([feature.to(dtype) for feature in features], dim=-1)
+        x, has_psi = _torsion_features(template_aatype, positions, mask, dtype)
         rows = self.template_projection(torch.relu(self.template_single_embedding(x)))
-        return rows, torsions.mask[..., 2]
+        return rows, has_psi
+
+
+@constant_piece
+def _torsion_features(
+    aatype: Int[Tensor, "b t r"],
+    positions: Float[Tensor, "b t r 37 3"],
+    mask: Float[Tensor, "b t r 37"],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "b t r 57"], Float[Tensor, "b t r"]]:
+    """What is embedded, and where psi is defined."""
+    torsions = torsion_angles_from_atom37(aatype, positions, mask)
+    flat = (*aatype.shape, 14)
+    features = [
+        one_hot(aatype, TEMPLATE_CLASSES, dtype),
+        torsions.sin_cos.reshape(flat),
+        torsions.alt_sin_cos.reshape(flat),
+        torsions.mask,
+    ]
+    return torch.cat([feature.to(dtype) for feature in features], dim=-1), torsions.mask[..., 2]

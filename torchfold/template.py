@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foldcore import constants
 from torchfold import primitives
 from torchfold._arrays import one_hot
-from torchfold._compiled import piece, trunk_piece
+from torchfold._compiled import constant_piece, trunk_piece
 from torchfold.embedders import TEMPLATE_CLASSES, distance_bins
 from torchfold.primitives import Attention, DropoutKey, LayerNorm, Linear, Transition
 from torchfold.stack import Recompute, run, stack
@@ -168,7 +168,7 @@ class TemplateEmbedding(nn.Module):
         return update * any_template[:, None, None, None].to(update.dtype)
 
 
-@piece
+@constant_piece
 def template_pair_features(
     template_aatype: Int[Tensor, "b t r"],
     template_pseudo_beta: Float[Tensor, "b t r 3"],
