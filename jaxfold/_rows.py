@@ -9,7 +9,7 @@ from jax import Array
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels import transition_backward, transition_layers
+from foldcore.kernels import transition_backward, transition_layers, transition_pipelined
 from foldcore.kernels.rows import column_sums, two_column_sums
 from jaxfold._triton import architecture, call, dtype_name
 
@@ -87,16 +87,21 @@ def transition(
 
 
 def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
-    """Layer by layer: the hidden layer is saved."""
+    """In one pass or layer by layer; the hidden layer is saved."""
     x, scale, offset, weights1, bias1, weights2, bias2, residual = inputs
     c, f = weights1.shape
     n, kind = x.size // c, (dtype_name(x), architecture())
     rows = x.reshape(n, c)
+    saved = x, scale, offset, weights1, weights2
+    if transition_pipelined.fits(n, c, f, *kind):
+        launch = transition_pipelined.forward(n, c, f, residual, save=True)
+        y, hidden = call(launch, rows, scale, offset, weights1, bias1, weights2, bias2)
+        return y.reshape(x.shape), (*saved, hidden)
     normalized = layer_norm(rows, scale, offset)
     (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
     launch = transition_layers.second(n, c, f, *kind, residual)
     (y,) = call(launch, hidden, weights2, bias2, rows)
-    return y.reshape(x.shape), (x, scale, offset, weights1, weights2, hidden)
+    return y.reshape(x.shape), (*saved, hidden)
 
 
 def _transition_backward(

@@ -91,12 +91,12 @@ class Request:
 
     def source(self) -> Any:
         """The kernel as Triton's compiler takes it."""
-        from triton.compiler import ASTSource
+        from foldcore.kernels.source import source_type
 
         names = self.function.arg_names
         constants = dict(self.constants)
         arguments = dict(zip([n for n in names if n not in constants], self.types, strict=True))
-        return ASTSource(
+        return source_type(self.function)(
             self.function,
             signature={name: arguments.get(name, "constexpr") for name in names},
             constexprs={(names.index(name),): value for name, value in constants.items()},

@@ -44,6 +44,7 @@ from foldcore.kernels import (
     transition,
     transition_backward,
     transition_layers,
+    transition_pipelined,
     triangle,
     triangle_backward,
     triangle_fold,
@@ -51,6 +52,7 @@ from foldcore.kernels import (
 )
 from foldcore.kernels.attention_tiles import Problem
 from foldcore.kernels.launch import Launch, Output, options
+from foldcore.kernels.source import source_type
 
 TARGET = GPUTarget("cuda", 90, 32)
 KIND = "bfloat16", 90
@@ -158,6 +160,8 @@ def global_attentions(
 def transitions(n: int, c: int, f: int) -> Iterator[Launch]:
     """The kernels of a transition, with and without gradient."""
     yield transition.forward(n, c, f, *KIND, residual=True)
+    if transition_pipelined.fits(n, c, f, *KIND):
+        yield transition_pipelined.forward(n, c, f, residual=True, save=True)
     yield transition_layers.hidden(n, c, f, *KIND)
     yield transition_layers.second(n, c, f, *KIND, residual=True)
     yield transition_backward.mask(n, c, f, *KIND)
@@ -221,7 +225,7 @@ def source(launch: Launch) -> ASTSource:
     types = {name: input_type(kernel, name) for name in pointers}
     for name, output in zip(reversed(pointers), reversed(launch.outputs), strict=False):
         types[name] = TYPES[output.dtype]
-    return ASTSource(
+    return source_type(launch.kernel)(
         launch.kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
@@ -247,7 +251,8 @@ def lowered(source: ASTSource, given: dict[str, Any], steps: Sequence[str]) -> s
     stages: dict = {}
     backend.add_stages(stages, options, source.language)
     for name in steps:
-        module = stages[name](module, metadata)
+        if name in stages:  # Gluon begins with the second
+            module = stages[name](module, metadata)
     return str(module)
 
 

@@ -25,7 +25,7 @@ for name in ("get_compute_capability", "get_serialized_metadata"):  # without th
         setattr(jaxlib.gpu_triton, name, None)
 
 from foldcore.config import OptimizerConfig  # noqa: E402
-from foldcore.kernels import layer_norm, optimizer  # noqa: E402
+from foldcore.kernels import layer_norm, optimizer, transition_pipelined  # noqa: E402
 from foldcore.kernels.launch import Launch, Output  # noqa: E402
 from jaxfold import _triton, _triton_cache  # noqa: E402
 from jaxfold._launcher import Kernel  # noqa: E402
@@ -63,14 +63,23 @@ def norms(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
     )
 
 
+def transitions(*inputs: jax.Array) -> list[jax.Array]:
+    """In Gluon, with and without a hidden layer to be saved."""
+    n, (c, f) = inputs[0].shape[0], inputs[3].shape
+    launches = (transition_pipelined.forward(n, c, f, True, save) for save in (False, True))
+    return [x for launch in launches for x in _triton.call(launch, *inputs)]
+
+
 def programs() -> dict[str, tuple[Any, list[Any]]]:
     size = 5000
     launch = optimizer.update(size, OptimizerConfig(), 90)
     coefficients = jnp.zeros(8)
+    shapes = (256, 64), (64,), (64,), (64, 256), (256,), (256, 64), (64,)
     vectors = [jnp.zeros(size)] * 5
     return {
         "norms": (norms, [jnp.zeros(SHAPE), jnp.zeros(SHAPE[1]), jnp.zeros(SHAPE[1])]),
         "scaled": (lambda x: scaled(scaled(x, 0.5, -2), 3.0, 7), [jnp.zeros(64)]),
+        "transitions": (transitions, [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]),
         "update": (lambda *x: _triton.call(launch, *x), [*vectors, coefficients]),
     }
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels import transition_backward, transition_layers
+from foldcore.kernels import transition_backward, transition_layers, transition_pipelined
 from foldcore.kernels.rows import column_sums, two_column_sums
 from torchfold._triton import architecture, call, dtype_name
 
@@ -144,9 +144,13 @@ def _transition_saving(
     bias2: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Layer by layer; the hidden layer [n, f] is returned to be saved."""
+    """In one pass or layer by layer; the hidden layer [n, f] is returned to be saved."""
     c, f = weights1.shape
     n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
+    if transition_pipelined.fits(n, c, f, *kind):
+        launch = transition_pipelined.forward(n, c, f, residual, save=True)
+        y, hidden = call(launch, x, scale, offset, weights1, bias1, weights2, bias2)
+        return y.view(x.shape), hidden
     normalized = layer_norm(x, scale, offset)
     (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
     launch = transition_layers.second(n, c, f, *kind, residual)

@@ -1,7 +1,8 @@
 """Transition (Suppl. Alg. 9, 15): LayerNorm, two linear layers, residual, in one pass.
 
-The hidden layer is computed some channels at a time and stays on chip. Where a gradient is wanted
-the layers come one by one, see ``transition_layers``.
+The hidden layer is computed some channels at a time and stays on chip. On Hopper's GPUs the model's
+sizes have a kernel of their own, see ``transition_pipelined``; elsewhere, where a gradient is
+wanted, the layers come one by one, see ``transition_layers``.
 
 Legend: n rows, c channels, f hidden channels.
 """
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.dependent import await_previous
+from foldcore.kernels import transition_pipelined
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import (
     Tiles,
@@ -80,6 +82,8 @@ def forward(
     tiles: Tiles | None = None,
 ) -> Launch:
     """(x, scale, offset, weights1, bias1, weights2, bias2) -> y [n, c]."""
+    if tiles is None and transition_pipelined.fits(n, c, f, dtype, architecture):
+        return transition_pipelined.forward(n, c, f, residual, save=False)
     tiles = tiles or choose(FORWARD, c, dtype, architecture)
     return Launch(
         kernel=transition_forward_kernel,

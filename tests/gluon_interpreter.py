@@ -1,0 +1,209 @@
+"""Runs kernels in Gluon with numpy, a program after another, and finds what they do too early.
+
+What a kernel begins happens as late as it may: a copy leaves NaN in its place until it is waited
+for, a product is taken when it is waited for, and must find its operands as they were when it was
+begun. What comes of a race between the warps of a program is not seen.
+"""
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from foldcore.kernels.launch import Launch
+
+
+class Hazard(RuntimeError):
+    """A kernel reads what is not there yet, or overwrites what is still needed."""
+
+
+class Tile(np.ndarray):
+    """A tensor of a kernel, in float32 whatever it is rounded to."""
+
+    def to(self, dtype: Any) -> "Tile":
+        rounded = self.astype(dtype)
+        return (rounded.astype(np.float32) if dtype == ml_dtypes.bfloat16 else rounded).view(Tile)
+
+    @property
+    def type(self) -> SimpleNamespace:
+        return SimpleNamespace(layout=None)
+
+
+class Pointers:
+    """Places in an array in global memory."""
+
+    type = SimpleNamespace(layout=None)
+
+    def __init__(self, array: np.ndarray, at: Any = 0) -> None:
+        self.array, self.at = array, at
+
+    def __add__(self, steps: Any) -> "Pointers":
+        return Pointers(self.array, self.at + steps)
+
+    @property
+    def index(self) -> np.ndarray:
+        return np.asarray(self.at, np.int64)
+
+
+class Shared:
+    """A part of shared memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def index(self, i: Any) -> "Shared":
+        return Shared(self.array[int(i)])
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> "Shared":
+        return Shared(self.array.reshape(shape))
+
+    def load(self, layout: Any) -> Tile:
+        if np.isnan(self.array).any():
+            raise Hazard("shared memory is read before it is written")
+        return tile(self.array.copy())
+
+
+class Product:
+    """A product that has been begun."""
+
+    def __init__(self, a: Any, b: Shared, sum_: Any, use_acc: bool) -> None:
+        self.operands, self.sum, self.use_acc = (a, b), sum_, use_acc
+        self.begun = [contents(x) for x in self.operands]
+        self.shape = (*self.begun[0].shape[:1], *self.begun[1].shape[1:])
+        self.value: Tile | None = None
+
+    def end(self) -> None:
+        if any(np.isnan(x).any() for x in self.begun):
+            raise Hazard("a product began before its operands were there")
+        if any((contents(x) != y).any() for x, y in zip(self.operands, self.begun, strict=True)):
+            raise Hazard("an operand was overwritten before its product had ended")
+        start = self.sum.value if isinstance(self.sum, Product) else self.sum
+        self.value = tile(self.begun[0] @ self.begun[1] + (start if self.use_acc else 0.0))
+
+
+def contents(x: "Shared | Tile") -> np.ndarray:
+    return np.array(x.array if isinstance(x, Shared) else x)
+
+
+def tile(x: Any) -> Tile:
+    return np.asarray(x).view(Tile)
+
+
+class Machine:
+    """One program: its copies and products on their way."""
+
+    def __init__(self, program: int, num_warps: int) -> None:
+        self.program, self.num_warps = program, num_warps
+        self.groups: list[list[tuple[np.ndarray, Pointers, np.ndarray]]] = [[]]
+        self.products: list[Product] = []
+
+    def copy(self, place: Shared, source: Pointers, mask: Any = True) -> None:
+        """Nothing is copied to what is masked, but zeros."""
+        for array, *_ in itertools.chain(*self.groups):
+            if np.shares_memory(array, place.array):
+                raise Hazard("two copies to one place are on their way")
+        mask = np.broadcast_to(np.asarray(mask), place.shape)
+        place.array[:] = np.nan
+        self.groups[-1].append((place.array, source, mask))
+
+    def commit_group(self) -> None:
+        self.groups.append([])
+
+    def wait_group(self, left: int) -> None:
+        while len(self.groups) - 1 > left:
+            for array, source, mask in self.groups.pop(0):
+                array[mask], array[~mask] = source.array[source.index[mask]], 0.0
+
+    def multiply(self, a: Any, b: Any, sum_: Any, *, use_acc: bool = True, is_async: bool) -> Any:
+        assert is_async
+        self.products.append(Product(a, b, sum_, use_acc))
+        return self.products[-1]
+
+    def wait(self, left: int, deps: list[Any]) -> Any:
+        while len(self.products) > left:
+            self.products.pop(0).end()
+        found = [x.value if isinstance(x, Product) else x for x in deps]
+        if any(x is None for x in found):
+            raise Hazard("a product is used before it has ended")
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def allocate(self, dtype: Any, shape: list[int], layout: Any, value: Any = None) -> Shared:
+        return Shared(np.full(shape, np.nan, np.float32) if value is None else np.array(value))
+
+    def language(self) -> SimpleNamespace:
+        """``triton.experimental.gluon.language`` as far as kernels use it."""
+        nothing = lambda *args, **kwargs: None  # noqa: E731
+        layouts = "BlockedLayout SliceLayout NVMMADistributedLayout NVMMASharedLayout"
+        return SimpleNamespace(
+            **dict.fromkeys([*layouts.split(), "DotOperandLayout"], nothing),
+            **{"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "int64": np.int64},
+            constexpr=None,
+            num_warps=lambda: self.num_warps,
+            program_id=lambda axis: tile(self.program),
+            arange=lambda start, end, layout: tile(np.arange(start, end)),
+            zeros=lambda shape, dtype, layout: tile(np.zeros(shape, np.float32)),
+            sum=lambda x, axis: tile(np.sum(x, axis)),
+            rsqrt=lambda x: tile(1 / np.sqrt(x)),
+            maximum=lambda x, y: tile(np.maximum(x, y)),
+            load=lambda at: tile(at.array[at.index]),
+            store=lambda at, x: at.array.__setitem__(at.index, x),
+            convert_layout=lambda x, layout: x,
+            to_tensor=lambda x: x,
+            static_range=range,
+            allocate_shared_memory=self.allocate,
+            thread_barrier=nothing,
+        )
+
+    def names(self) -> dict[str, Any]:
+        """What a module of kernels imports."""
+        return {
+            "gl": self.language(),
+            "async_copy": SimpleNamespace(
+                async_copy_global_to_shared=self.copy,
+                commit_group=self.commit_group,
+                wait_group=self.wait_group,
+            ),
+            "fence_async_shared": lambda: None,
+            "warpgroup_mma": self.multiply,
+            "warpgroup_mma_wait": self.wait,
+        }
+
+
+@contextmanager
+def running(module: ModuleType, machine: Machine) -> Iterator[None]:
+    """The module's functions in numpy."""
+    before = dict(vars(module))
+    jitted = triton.JITFunction, InterpretedFunction
+    functions = {k: x.fn for k, x in before.items() if isinstance(x, jitted)}
+    vars(module).update({**functions, **machine.names()})
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def run(
+    launch: Launch, *inputs: Tensor, machine: Callable[[int, int], Machine] = Machine
+) -> list[Tensor]:
+    """The outputs of a launch, of inputs in bfloat16 on the host."""
+    module = importlib.import_module(launch.kernel.fn.__module__)
+    given = [Pointers(x.contiguous().float().numpy().ravel()) for x in inputs]
+    outputs = [np.full(o.shape, np.nan, np.float32) for o in launch.outputs]
+    arrays = [*given, *(Pointers(x.reshape(-1)) for x in outputs)]
+    for program in range(launch.grid[0]):
+        state = machine(program, launch.num_warps)
+        with running(module, state):
+            launch.kernel.fn(*arrays, **launch.constants)
+        if state.products or any(state.groups):
+            raise Hazard("something is on its way at the end")
+    dtypes = [getattr(torch, o.dtype) for o in launch.outputs]
+    return [torch.from_numpy(x).to(d) for x, d in zip(outputs, dtypes, strict=True)]
