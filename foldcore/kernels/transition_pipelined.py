@@ -30,13 +30,14 @@ from foldcore.kernels.launch import Launch, Output
 @dataclass(frozen=True)
 class Steps:
     """Sizes of a launch: rows of a program, hidden channels of a step, first and second weights of
-    so many steps on chip at once."""
+    so many steps on chip at once, and whether the rows are an operand in registers."""
 
     rows: int
     columns: int
     num_warps: int
     first: int
     second: int
+    registers: bool = False
 
 
 # channels -> sizes, of an H200
@@ -145,6 +146,7 @@ def transition_pipelined_kernel(
     BLOCK_F: gl.constexpr,
     FIRST: gl.constexpr,
     SECOND: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
     SAVE: gl.constexpr = hidden_ptr is not None
     # groups of copies that are begun after those that a step needs
@@ -165,6 +167,8 @@ def transition_pipelined_kernel(
     fence_async_shared()
     async_copy.wait_group(FIRST + SECOND - 3)
     fence_async_shared()
+    if REGISTERS:
+        x = x.load(gl.DotOperandLayout(0, mma1, 2))
     none = gl.zeros([BLOCK_N, BLOCK_F], gl.float32, mma1)
     column = gl.arange(0, BLOCK_F, layout=gl.SliceLayout(0, mma1))
     bias = gl.load(bias1_ptr + column)
@@ -227,7 +231,7 @@ def forward(
         outputs=(rows, hidden) if save else (rows,),
         constants={"C": c, "F": f, "RESIDUAL": residual}
         | {"BLOCK_N": steps.rows, "BLOCK_F": steps.columns}
-        | {"FIRST": steps.first, "SECOND": steps.second}
+        | {"FIRST": steps.first, "SECOND": steps.second, "REGISTERS": steps.registers}
         | ({} if save else {"hidden_ptr": None}),
         num_warps=steps.num_warps,
     )
