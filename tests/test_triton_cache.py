@@ -50,13 +50,16 @@ def test_scalars_do_not_decide_what_is_compiled() -> None:
         request((0, "i32", 1))
 
 
+TRITON = SimpleNamespace(fn=len, is_gluon=lambda: False)
+
+
 def test_launches_that_overlap_are_of_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Request, "source", lambda self: SimpleNamespace(hash=lambda: "same"))
     keys = set()
     for architecture in (90, 90, 80):
-        keys.add(Request(SimpleNamespace(fn=len), (), (), 4, 2, architecture).key)
+        keys.add(Request(TRITON, (), (), 4, 2, architecture).key)
     monkeypatch.setattr(launch, "OVERLAP", False)
-    keys.add(Request(SimpleNamespace(fn=len), (), (), 4, 2, 90).key)
+    keys.add(Request(TRITON, (), (), 4, 2, 90).key)
     assert len(keys) == 3
 
 
@@ -95,7 +98,8 @@ def test_programs_name_their_kernels(reports: list[dict[str, Any]]) -> None:
     assert counts == {"norms": [2], "scaled": [2], "transitions": [1, 1], "update": [1]}
     assert {key for call in calls.values() for key, _ in call["keys"]} == set(kernels)
     assert all(form == "ELF" and threads % 32 == 0 for _, form, threads, *_ in kernels.values())
-    assert all(overlapped for *_, overlapped, _ in kernels.values())
+    alone = {name for name, *_, overlapped, _ in kernels.values() if not overlapped}
+    assert alone == {"transition_pipelined_kernel"}  # in Gluon, which does not wait by itself
 
 
 def test_scalars_and_places_arrive(reports: list[dict[str, Any]]) -> None:
