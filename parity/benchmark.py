@@ -1,7 +1,6 @@
 """One operation at one shape: who can run it, how fast, and how exactly."""
 
 import gc
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parity.throughput_trace import TRACERS
 from parity.timing import Ceilings, graph_ms, jax_ms
 from parity.tracks import to_numpy
 from torchfold._triton import compile_ahead
@@ -20,7 +20,8 @@ Row = dict[str, Any]
 Arrays = Mapping[str, Tensor]
 Version = Callable[..., Any]  # a function of arrays, in their order
 SETS = 4  # copies of JAX's inputs, in turn: together they are more than the cache holds
-QUEUED, SHORT = 4, 2e-3  # calls with each of them that wait in line, if they take so few seconds
+QUEUED = 4  # calls that replace their arrays, one after another
+TRACES = 2  # of a program of JAX
 COMPILERS = 8  # programs of JAX at once
 ZERO = 1e-12  # of the largest norm: no more than rounding in float64
 
@@ -146,7 +147,7 @@ class _Run:
         return found
 
     def jax_row(self, name: str) -> Row:
-        """Errors and times of a version in JAX; each call waits to be launched."""
+        """Errors and times of a version in JAX."""
         if name in self._refused:
             raise self._refused[name]
         forward, *both = (future.result() for future in self._programs[name])
@@ -158,8 +159,8 @@ class _Run:
             errors = self._errors_of(forward(*sets[0]))
             return {"errors": errors, "forward_ms": self._in_place_ms(forward, list(sets[1]))}
         first, *_ = both[0](*sets) if both else forward(*given)
-        found = {"errors": self._errors_of(first), "forward_ms": _queued_ms(forward, given)}
-        return found | ({"both_ms": _queued_ms(both[0], sets)} if both else {})
+        found = {"errors": self._errors_of(first), "forward_ms": _device_ms(forward, given)}
+        return found | ({"both_ms": _device_ms(both[0], sets)} if both else {})
 
     def _errors_of(self, results: Any) -> dict[str, float]:
         return self._errors(self._named([_to_torch(x) for x in jax.tree.leaves(results)]))
@@ -271,13 +272,15 @@ def _with_each(function: Callable[..., Any]) -> Any:
     return jax.jit(lambda *sets: [function(*arrays) for arrays in sets])
 
 
-def _queued_ms(program: Any, sets: list[tuple[Any, ...]]) -> float:
-    """With one set; short programs wait in a longer line, behind which their start is hidden."""
-    jax.block_until_ready(program(*sets))
-    start = time.perf_counter()
-    jax.block_until_ready(program(*sets))
-    short = time.perf_counter() - start < SHORT
-    return jax_ms(program, [tuple(sets)] * (QUEUED if short else 1)) / len(sets)
+def _device_ms(program: Any, sets: list[tuple[Any, ...]]) -> float:
+    """With one set, from the start of the first kernel to the end of the last, as traced.
+
+    The host takes longer to start these programs than the device to run them.
+    """
+    spans = [TRACERS["jax"](lambda: program(*sets)).device for _ in range(TRACES)]
+    if not all(spans):
+        raise RuntimeError("the trace shows no kernel")
+    return min(max(x.end for x in one) - one[0].start for one in spans) / len(sets)
 
 
 def relative_errors(found: Arrays, expected: Arrays) -> dict[str, float]:

@@ -22,6 +22,7 @@ from parity import (
     sweep_rows,
 )
 from parity.throughput import read_config
+from parity.throughput_trace import Span, Trace
 from parity.timing import Ceilings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself")
@@ -40,12 +41,22 @@ def once(function: Callable[..., Any], inputs: Any = ((),)) -> float:
     return 2.0
 
 
+def traced(start: Callable[[], Any]) -> Trace:
+    start()
+    return Trace([Span("first", 3.0, 4.0), Span("second", 3.5, 11.0)], [], 1.0, 12.0)
+
+
+def test_programs_of_jax_take_from_their_first_kernel_to_their_last() -> None:
+    assert benchmark._device_ms(lambda *sets: None, [(1,), (2,)]) == 4.0
+
+
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     # without making code of what is traced
     monkeypatch.setattr(peers, "compiled", partial(peers.compiled, backend="aot_eager"))
     monkeypatch.setattr(benchmark, "graph_ms", once)
     monkeypatch.setattr(benchmark, "jax_ms", once)
+    monkeypatch.setitem(benchmark.TRACERS, "jax", traced)
 
 
 def check(

@@ -10,8 +10,8 @@ Legend: n rows, c channels, f hidden channels.
 import triton
 import triton.language as tl
 
-from foldcore.kernels.dependent import await_previous
 from foldcore.kernels import transition_pipelined
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import (
     Tiles,
