@@ -53,6 +53,7 @@ def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     [
         ((256, 256, 128), 512, BFLOAT16),
         ((128, 256, 256), 1024, BFLOAT16),
+        ((512, 256, 64), 256, BFLOAT16),
         ((70001, 64), 256, BFLOAT16),
         ((4, 129, 129, 64), 128, BFLOAT16),
         ((257, 96), 384, BFLOAT16),
