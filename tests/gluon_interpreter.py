@@ -174,6 +174,7 @@ class Machine:
             ),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": self.multiply,
+            "warpgroup_mma_init": lambda x: x,
             "warpgroup_mma_wait": self.wait,
         }
 

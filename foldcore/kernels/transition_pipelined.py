@@ -1,10 +1,10 @@
 """The transition in one pass for Hopper, its products and copies put in order by hand (Gluon).
 
-Triton waits for each product before it goes on, and asks for weights only when the place of those
-before them is free: on an H200 the tensor cores stood still for half the time. Here the first
-product of the next hidden channels and the second of these are begun together, relu is taken of the
-one while the other runs, and weights are on their way two steps ahead. Relu's result stays in
-registers, as the operand that it is.
+Triton asks for weights only when the place of those before them is free: on an H200 the tensor
+cores stood still for half the time. Here weights are on their way while products run, the second
+product of some hidden channels runs while the first of the next begins, and relu's result stays in
+registers, as the operand that it is. A program waits for its products in turn; where two share a
+processor, one's fill the gaps of the other.
 
 Where a gradient is wanted the hidden layer is written as well. Sizes that these kernels do not take
 are left to ``transition`` and ``transition_layers``. Triton's interpreter cannot run Gluon;
@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -29,19 +30,17 @@ from foldcore.kernels.launch import Launch, Output
 
 @dataclass(frozen=True)
 class Steps:
-    """Sizes of a launch: rows of a program, hidden channels of a step, first and second weights of
-    so many steps on chip at once, and whether the rows are an operand in registers."""
+    """Sizes of a launch: rows of a program, hidden channels of a step, first weights of so many
+    steps on chip at once (rows are as many as their hidden channels), second ones of two."""
 
     rows: int
     columns: int
     num_warps: int
     first: int
-    second: int
-    registers: bool = False
 
 
 # channels -> sizes, of an H200
-SIZES = {64: Steps(128, 64, 4, 2, 2), 128: Steps(128, 64, 8, 2, 2), 256: Steps(128, 64, 8, 2, 3)}
+SIZES = {64: Steps(128, 64, 4, 2), 128: Steps(128, 64, 4, 2), 256: Steps(128, 64, 8, 2)}
 ARCHITECTURE = 90  # the instructions are Hopper's only
 
 
@@ -101,18 +100,14 @@ def copy_second(step, weights_ptr, places, F: gl.constexpr):
 
 @gluon.jit
 def begin_copies(weights1_ptr, weights2_ptr, first, second, F: gl.constexpr):
-    """As many as there are places for, but one: first weights, both of the first step, others."""
+    """First weights of as many steps as there are places for; after the first's its second ones."""
     FIRST: gl.constexpr = first.shape[0]
-    SECOND: gl.constexpr = second.shape[0]
     copy_first(0, weights1_ptr, first, F)
+    async_copy.commit_group()
+    copy_second(0, weights2_ptr, second, F)
     async_copy.commit_group()
     for step in gl.static_range(1, FIRST):
         copy_first(step, weights1_ptr, first, F)
-        if step == 1:
-            copy_second(0, weights2_ptr, second, F)
-        async_copy.commit_group()
-    for step in gl.static_range(1, SECOND - 1):
-        copy_second(step, weights2_ptr, second, F)
         async_copy.commit_group()
 
 
@@ -145,12 +140,8 @@ def transition_pipelined_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_F: gl.constexpr,
     FIRST: gl.constexpr,
-    SECOND: gl.constexpr,
-    REGISTERS: gl.constexpr,
 ):
     SAVE: gl.constexpr = hidden_ptr is not None
-    # groups of copies that are begun after those that a step needs
-    LATER: gl.constexpr = min(2 * FIRST - 2, 2 * SECOND - 3)
     mma1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_F, 16])
     mma2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, mma2, 2)
@@ -160,46 +151,34 @@ def transition_pipelined_kernel(
     if SAVE:
         hidden_ptr += start * F
     first = gl.allocate_shared_memory(gl.bfloat16, [FIRST, C, BLOCK_F], shared)
-    second = gl.allocate_shared_memory(gl.bfloat16, [SECOND, BLOCK_F, C], shared)
+    second = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_F, C], shared)
     begin_copies(weights1_ptr, weights2_ptr, first, second, F)
     x = normalized_tile(x_ptr, scale_ptr, offset_ptr, BLOCK_N, C)
     x = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_N, C], shared, x)
     fence_async_shared()
-    async_copy.wait_group(FIRST + SECOND - 3)
-    fence_async_shared()
-    if REGISTERS:
-        x = x.load(gl.DotOperandLayout(0, mma1, 2))
     none = gl.zeros([BLOCK_N, BLOCK_F], gl.float32, mma1)
     column = gl.arange(0, BLOCK_F, layout=gl.SliceLayout(0, mma1))
-    bias = gl.load(bias1_ptr + column)
-    h = warpgroup_mma(x, first.index(0), none, use_acc=False, is_async=True)
-    h = warpgroup_mma_wait(0, deps=[h])
-    hidden = activated(h, bias, hidden_ptr, F, SAVE, OPERAND)
-    y = gl.zeros([BLOCK_N, C], gl.float32, mma2)
-    gl.thread_barrier()  # all have read the first weights
-    copy_first(FIRST, weights1_ptr, first, F)
-    async_copy.commit_group()
-    for step in range(F // BLOCK_F - 1):
-        async_copy.wait_group(LATER)  # by now all have read the second weights of before
+    y = warpgroup_mma_init(gl.zeros([BLOCK_N, C], gl.float32, mma2))
+    hidden = gl.zeros([BLOCK_N, BLOCK_F], gl.bfloat16, OPERAND)
+    for step in range(F // BLOCK_F):
+        async_copy.wait_group(FIRST)  # after this step's first weights come its second ones
         fence_async_shared()
-        following = first.index((step + 1) % FIRST)
-        h = warpgroup_mma(x, following, none, use_acc=False, is_async=True)
-        y = warpgroup_mma(hidden, second.index(step % SECOND), y, is_async=True)
-        copy_second(step + SECOND - 1, weights2_ptr, second, F)
+        h = warpgroup_mma(x, first.index(step % FIRST), none, use_acc=False, is_async=True)
+        bias = gl.load(bias1_ptr + step * BLOCK_F + column)
+        hidden = warpgroup_mma_wait(1, deps=[hidden])
+        gl.thread_barrier()  # all have read the second weights of the step before
+        copy_second(step + 1, weights2_ptr, second, F)
         async_copy.commit_group()
-        bias = gl.load(bias1_ptr + (step + 1) * BLOCK_F + column)
-        h = warpgroup_mma_wait(1, deps=[h])
-        gl.thread_barrier()  # all have read the first weights of the next step
-        copy_first(step + 1 + FIRST, weights1_ptr, first, F)
+        h = warpgroup_mma_wait(0, deps=[h])
+        at = hidden_ptr + step * BLOCK_F if SAVE else None
+        hidden = activated(h, bias, at, F, SAVE, OPERAND)
+        async_copy.wait_group(2)
+        gl.thread_barrier()  # all have read the first weights of this step
+        fence_async_shared()
+        y = warpgroup_mma(hidden, second.index(step % 2), y, is_async=True)
+        copy_first(step + FIRST, weights1_ptr, first, F)
         async_copy.commit_group()
-        at = hidden_ptr + (step + 1) * BLOCK_F if SAVE else None
-        next_hidden = activated(h, bias, at, F, SAVE, OPERAND)
-        y, hidden = warpgroup_mma_wait(0, deps=[y, hidden])
-        hidden = next_hidden
     async_copy.wait_group(0)
-    fence_async_shared()
-    last = second.index((F // BLOCK_F - 1) % SECOND)
-    y = warpgroup_mma(hidden, last, y, is_async=True)
     residual = None
     if RESIDUAL:  # in place of the first weights, which are as large
         residual = first._reinterpret(gl.bfloat16, [BLOCK_N, C], shared)
@@ -230,8 +209,7 @@ def forward(
         grid=(n // steps.rows,),
         outputs=(rows, hidden) if save else (rows,),
         constants={"C": c, "F": f, "RESIDUAL": residual}
-        | {"BLOCK_N": steps.rows, "BLOCK_F": steps.columns}
-        | {"FIRST": steps.first, "SECOND": steps.second, "REGISTERS": steps.registers}
+        | {"BLOCK_N": steps.rows, "BLOCK_F": steps.columns, "FIRST": steps.first}
         | ({} if save else {"hidden_ptr": None}),
         num_warps=steps.num_warps,
     )
