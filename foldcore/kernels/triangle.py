@@ -19,17 +19,20 @@ from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import block, load_tile, load_vector, product, store_tile
 from foldcore.kernels.triangle_tiles import (
+    held,
     launch_turns,
     moments,
     operand,
     place,
+    power,
     scaled_sigmoid,
+    sigmoid_of_power,
     store_vector,
 )
 from foldcore.kernels.turns import Turns, choose, groups
 
 # measured on an H200, 256 x 256 positions of 128 channels, bfloat16
-PROJECT = Turns(rows=32, columns=64, num_warps=4, programs=3, ahead=3)
+PROJECT = Turns(rows=64, columns=64, num_warps=4, programs=2, ahead=3)
 OUTPUT = Turns(rows=64, columns=128, num_warps=8, programs=1, ahead=4)
 
 
@@ -53,30 +56,59 @@ def triangle_project_kernel(
     BLOCK_H: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Programs: left or right, some of its channels, group of tiles."""
+    """Programs: left or right, some of its channels, group of tiles.
+
+    A tile is finished, gates and stores, when the products of the next have been started: the
+    compiler mixes the two. The first tile writes zeros, which the same threads overwrite.
+    """
     await_previous()
-    first_channel = tl.program_id(1) * BLOCK_H
-    channels = H - first_channel
     value_weights, gate_weights, value_bias, gate_bias = gated_weights(
         folded_ptr, folded_bias_ptr, C, H, WHOLE, BLOCK_C, BLOCK_H
     )
     out_ptr = left_ptr
     if tl.program_id(0) == 1:
         out_ptr = right_ptr
+    value_weights, gate_weights = held(value_weights), held(gate_weights)
     row = tl.arange(0, BLOCK_P)
     channel = tl.arange(0, BLOCK_C)[None, :]
-    some = tl.arange(0, BLOCK_H)[:, None]
-    for tile in tl.range(tl.program_id(2), TILES, tl.num_programs(2), num_stages=AHEAD):
+    step = tl.num_programs(2)
+    value = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
+    gate = tl.zeros([BLOCK_H, BLOCK_P], tl.float32)
+    for tile in tl.range(tl.program_id(2), TILES, step, num_stages=AHEAD):
         example, start, left = place(tile, P, BLOCK_P)
         first = example * P + start
         x = load_tile(pair_ptr + first * C, left, C, row[:, None], channel, C, 1, WHOLE)
         mask = load_vector(mask_ptr + first, row, left, WHOLE)[None, :]
         rstd = load_vector(rstd_ptr + first, row, left, WHOLE)[None, :]
         x = tl.trans(operand(x, channel < C, C, 1))
-        value = product(value_weights, x) * rstd + value_bias
-        gate = scaled_sigmoid(product(gate_weights, x), rstd, gate_bias)
-        at = out_ptr + example * H * P + first_channel * P + start
-        store_tile(at, value * gate * mask, channels, left, some, row[None, :], P, 1, WHOLE)
+        next_value = product(value_weights, x)
+        next_gate = product(gate_weights, x)
+        before = tl.where(tile < step, tile, tile - step)
+        store_gated(out_ptr, value, gate, before, P, H, WHOLE)
+        value = (next_value * rstd + value_bias) * mask
+        gate = power(next_gate, rstd, gate_bias)
+    last = tl.program_id(2) + (TILES - 1 - tl.program_id(2)) // step * step
+    store_gated(out_ptr, value, gate, last, P, H, WHOLE)
+
+
+@triton.jit
+def store_gated(
+    out_ptr,  # [b, h, p]
+    value,  # [h, p]: some of its channels
+    gate,  # what ``power`` makes of the gate's argument
+    tile,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The gated values of a tile."""
+    example, start, left = place(tile, P, value.shape[1])
+    channels = tl.program_id(1) * value.shape[0]
+    some = tl.arange(0, value.shape[0])[:, None]
+    row = tl.arange(0, value.shape[1])[None, :]
+    at = out_ptr + example * H * P + channels * P + start
+    gated = value * sigmoid_of_power(gate)
+    store_tile(at, gated, H - channels, left, some, row, P, 1, WHOLE)
 
 
 @triton.jit
@@ -155,11 +187,12 @@ def triangle_output_kernel(
         at = product_ptr + example * H * P + start
         z = load_tile(at, H, left, hidden, row[None, :], P, 1, WHOLE)
         rstd = load_vector(rstd_ptr + first, row, left, WHOLE)
+        # first, so that the sigmoids are computed beside the products that follow
+        gate = product(operand(x, channel < C, C, 1), gate_weights)
         center_mean, center_rstd = moments(z, hidden < H, H, 0)
         if tl.program_id(1) == 0:
             store_vector(center_mean_ptr + first, center_mean, row, left, WHOLE)
             store_vector(center_rstd_ptr + first, center_rstd, row, left, WHOLE)
-        gate = product(operand(x, channel < C, C, 1), gate_weights)
         update = product(tl.trans(operand(z, hidden < H, H, 0)), update_weights)
         update = update * center_rstd[:, None] + update_bias
         update *= scaled_sigmoid(gate, rstd[:, None], gate_bias)

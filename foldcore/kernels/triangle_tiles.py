@@ -93,9 +93,35 @@ def sums_of_powers(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def held(weights):
+    """Weights [m, k] as the result of a product with the identity.
+
+    A product takes its first factor from registers where another product has left it, so these stay
+    there, for all tiles of a program, in place of being read from shared memory for each. Wider
+    ones than were measured, and float32, take too many registers, and come back as they are.
+    """
+    if weights.dtype != tl.float32 and weights.shape[1] <= 128:
+        index = tl.arange(0, weights.shape[1])
+        one = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(weights.dtype)
+        weights = product(weights, one).to(weights.dtype)
+    return weights
+
+
+@triton.jit
 def scaled_sigmoid(x, scale, bias):
-    """sigmoid(x scale + bias); to powers of 2 go the scale and the bias, of fewer numbers."""
-    x = x * (scale * -1.4426950408889634) + bias * -1.4426950408889634
+    """sigmoid(x scale + bias)."""
+    return sigmoid_of_power(power(x, scale, bias))
+
+
+@triton.jit
+def power(x, scale, bias):
+    """The power of 2 that is exp(-x scale - bias): the factor goes to the fewer numbers."""
+    return x * (scale * -1.4426950408889634) + bias * -1.4426950408889634
+
+
+@triton.jit
+def sigmoid_of_power(x):
+    """1 / (1 + 2^x)."""
     root = tl.rsqrt(1.0 + tl.exp2(x))
     return root * root
 
