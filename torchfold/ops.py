@@ -380,8 +380,7 @@ def outer_product_mean(
     """Mean over sequences of the outer product, projected (Suppl. Alg. 10, lines 3-4).
 
     ``left`` and ``right`` are zero where masked. The bias is divided by the count too, of the
-    sequences that have both residues, which the mask says unless given. With ``pair``, the mean is
-    added to it.
+    sequences that have both residues, which the mask says unless given. Added to ``pair``, if any.
     """
     count = _sum_product("bsi,bsj->bij", mask, mask) if count is None else count
     if _kernel_runs("outer_product_mean", implementation, left, right):
