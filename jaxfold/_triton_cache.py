@@ -150,7 +150,10 @@ def compiling(program: ClosedJaxpr) -> Iterator[None]:
         for call in calls(program.jaxpr, PRIMITIVE)
     }
     if found:
+        from foldcore.kernels.source import parse_in_turn
+
         launcher()  # XLA refuses to compile calls that it does not know
+        parse_in_turn()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _coming.update(found)
         begun = [pool.submit(provide, request) for request in found]

@@ -89,13 +89,20 @@ def run(
 
 @contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Ctrl-C waits: no process starts unknown. It is for the parent, which ends its processes; they
-    inherit that it is blocked."""
+    """Ctrl-C waits: no process starts unknown. It is for the parent, which ends its processes.
+
+    They inherit that it is blocked; here another thread could still take it.
+    """
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def path_of(job: Options, folder: Path) -> Path:

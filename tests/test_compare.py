@@ -1,6 +1,7 @@
 """The command line of the parity suite: what it refuses, where it writes, how it ends."""
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -223,8 +224,12 @@ def test_ctrl_c_while_a_process_starts_ends_it(
         return started[0]
 
     monkeypatch.setattr(workers.subprocess, "Popen", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        workers.run([Options("float32")], tmp_path, at_once=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.run([Options("float32")], tmp_path, at_once=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started[0].poll() == -signal.SIGKILL
 
 
@@ -236,7 +241,9 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "parity.compare", "--dtype", "float32", "--out", str(out)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = subprocess.Popen(command, start_new_session=True, **pipes)
+    # whatever the suite was started with: in the background a shell lets programs ignore it
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen(command, start_new_session=True, preexec_fn=default, **pipes)
     worker = int(started.stdout.readline())  # type: ignore[union-attr]
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to every process
     _, errors = started.communicate(timeout=10)

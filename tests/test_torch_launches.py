@@ -1,20 +1,27 @@
 """How PyTorch launches kernels: what Triton is given, now and ahead of time."""
 
+import ast
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import triton
 
 from foldcore.kernels import launch as launches
 from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.source import parse_in_turn
 from torchfold import _triton
 
 
 class Kernel:
     """Notes how it is launched, and how it is compiled."""
 
-    def __init__(self) -> None:
+    def __init__(self, gluon: bool = False) -> None:
         self.given: list[list[tuple[str, Any]]] = []
+        self.is_gluon = lambda: gluon
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arrays, **options: self.given.append(list(options.items()))
@@ -23,10 +30,12 @@ class Kernel:
         self.given.append(list(options.items()))
 
 
-def given(monkeypatch: pytest.MonkeyPatch, architecture: int) -> list[tuple[str, Any]]:
+def given(
+    monkeypatch: pytest.MonkeyPatch, architecture: int, gluon: bool = False
+) -> list[tuple[str, Any]]:
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kernel = Kernel()
+    kernel = Kernel(gluon)
     launch = Launch(kernel, (1,), (Output((3,), "float32"),), {"N": 3}, num_warps=8)
     _triton.call(launch, torch.zeros(3))
     _triton.compile_kernel(launch, [torch.float32])
@@ -39,6 +48,26 @@ def test_kernels_compiled_ahead_are_those_launched(monkeypatch: pytest.MonkeyPat
     sizes = [("N", 3), ("num_warps", 8), ("num_stages", 2)]
     assert given(monkeypatch, 80) == sizes
     assert given(monkeypatch, 90) == [*sizes, ("launch_pdl", True)]
+    assert given(monkeypatch, 90, gluon=True) == sizes  # it does not wait by itself
     assert given(monkeypatch, launches.INTERPRETER) == sizes
     monkeypatch.setattr(launches, "OVERLAP", False)
     assert given(monkeypatch, 90) == sizes
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python's threads parse side by side")
+def test_threads_parse_kernels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, inside, most = ast.parse, [], []
+
+    def slow(text: str) -> ast.Module:
+        inside.append(text)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return parse(text)
+
+    parse_in_turn()
+    kernel = triton.JITFunction(given)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(ast, "parse", slow)
+        list(pool.map(lambda _: kernel.parse(), range(8)))
+    assert most == [1] * 8

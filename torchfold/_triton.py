@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foldcore.kernels.launch import INTERPRETER, NEEDS_GPU, Launch, Output, options
+from foldcore.kernels.source import parse_in_turn
 from torchfold.ops import UnsupportedOp
 
 # where launches are noted instead of made
@@ -65,6 +66,7 @@ def compile_ahead(function: Callable[[], object]) -> None:
         function()
     finally:
         _noted = None
+    parse_in_turn()
     distinct = {_kind(*launch): launch for launch in noted}
     device = torch.cuda.current_device()  # each thread has its own
     with ThreadPoolExecutor(
