@@ -22,8 +22,8 @@ from foldcore.kernels.outer_product_on_chip import (
 from foldcore.kernels.rows import block, load_tile, load_vector, store_tile
 
 # by architecture
-SIDES = {90: Tiles(1, 128, 2, 32, 4, 8, 3)}
-WEIGHTS = {90: Tiles(4, 32, 8, 16, 2, 8, 2)}
+SIDES = {90: Tiles(1, 64, 2, 32, 4, 4, 3)}
+WEIGHTS = {90: Tiles(4, 32, 8, 16, 2, 8, 3)}
 
 
 @triton.jit
