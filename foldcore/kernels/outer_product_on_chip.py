@@ -13,8 +13,8 @@ The result and all of its gradients are sums of one form, with two products afte
 
 A program keeps Q and its results on chip and takes the u in turn. What the first product leaves in
 registers, [(u i), (v d)], the second one takes from there as [(v i), (u d)]: threads exchange
-nothing if a tile has one u only, and 16 i a warp. Channels, sequences and the channels of pairs have to
-fit into a tile; ``outer_product`` is for what does not.
+nothing if a tile has one u only, and 16 i a warp. Channels, sequences and the channels of pairs
+have to fit into a tile; ``outer_product`` is for what does not.
 
 Legend as in ``outer_product``; s sequences, i and j residues.
 """
