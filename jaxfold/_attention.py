@@ -50,10 +50,9 @@ def _backward(axis: int, scale: float, saved: tuple[Any, ...], grad: Array) -> t
         launch = attention_backward.whole_grad(problem)
         projected_grad, delta, sums, inner_grad = call(launch, *given)
     else:
-        first, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
+        query_grad, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
         launch = attention_long.key_value_grad(problem)
-        (second,) = call(launch, *scores, logsumexp, delta, inner_grad)
-        projected_grad = jnp.concatenate([first, second], axis=3)
+        (projected_grad,) = call(launch, *scores, logsumexp, delta, inner_grad, query_grad)
     gate_bias_grad = sum_columns(sums, gate_bias).reshape(gate_bias.shape)
     gradients = projected_grad, gate_bias_grad, jnp.zeros_like(mask)
     if bias is None:

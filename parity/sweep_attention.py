@@ -50,6 +50,7 @@ class Candidate:
         output, logsumexp = call(attention.forward(self.problem()), *first)
         arrays |= {"output": output, "logsumexp": logsumexp, "grad": torch.randn_like(output)}
         arrays |= {"delta": torch.randn_like(logsumexp), "gathered_grad": torch.randn_like(output)}
+        arrays |= {"query_grad": torch.empty_like(arrays["projected"])}
         return [arrays[name] for name in _inputs(self.kernel, self.shape.biased)]
 
     def finish(self, outputs: tuple[Tensor, ...]) -> object:
@@ -73,6 +74,7 @@ DTYPES = {
     "output": torch.bfloat16,
     "grad": torch.bfloat16,
     "gathered_grad": torch.bfloat16,
+    "query_grad": torch.bfloat16,
     "logsumexp": torch.float32,
     "delta": torch.float32,
 }
@@ -81,7 +83,8 @@ DTYPES = {
 def _inputs(kernel: str, biased: bool) -> list[str]:
     bias = "bias" if biased else "mask"
     if kernel in ("bias_grad", "key_value_grad"):
-        return ["projected", "mask", bias, "logsumexp", "delta", "gathered_grad"]
+        scores = ["projected", "mask", bias, "logsumexp", "delta", "gathered_grad"]
+        return scores if kernel == "bias_grad" else [*scores, "query_grad"]
     first = ["projected", "gate_bias", "mask", bias]
     return first if kernel == "forward" else [*first, "output", "logsumexp", "grad"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldcore.kernels import attention, attention_tiles, cases
+from foldcore.kernels import attention, attention_long, attention_tiles, cases
 from jaxfold import _attention, _rows
 from jaxfold import ops as jax_ops
 from tests import triton_interpreter
@@ -148,6 +148,31 @@ def test_bias_held_on_chip(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "forward", lambda p: launches.append(forward(p)) or launches[-1])
     check(case)
     assert launches[0].constants["HELD"] == case.biased
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are sizes of the interpreter")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(groups=3, length=40, batch=2),
+        Case(groups=3, length=64, width=8, axis=1),
+        Case(groups=2, length=70, width=32, dtype=torch.bfloat16, scale=32**-0.5),
+        Case(groups=3, length=40, biased=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("held", [True, False])
+def test_gradients_in_two_kernels(case: Case, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = attention_tiles.Tiles(32, 32, 2, 4, 1, held=held)
+    monkeypatch.setattr(attention_tiles, "_INTERPRETED", sizes)
+    monkeypatch.setattr(attention_tiles.Problem, "whole", False)
+    launches = []
+    for name in ("query_grad", "key_value_grad"):
+        launch = getattr(attention_long, name)
+        noted = lambda p, launch=launch: launches.append(launch(p)) or launches[-1]  # noqa: E731
+        monkeypatch.setattr(attention_long, name, noted)
+    check(case)
+    assert [x.constants["IDENTITY"] for x in launches] == 2 * [held and case.biased]
 
 
 @pytest.mark.parametrize(

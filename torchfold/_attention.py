@@ -82,10 +82,9 @@ def _backward(
         launch = attention_backward.whole_grad(problem)
         projected_grad, delta, sums, inner_grad = call(launch, *given)
     else:
-        first, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
+        query_grad, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
         launch = attention_long.key_value_grad(problem)
-        (second,) = call(launch, *scores, logsumexp, delta, inner_grad)
-        projected_grad = torch.cat([first, second], dim=3)
+        (projected_grad,) = call(launch, *scores, logsumexp, delta, inner_grad, query_grad)
     gradients = projected_grad, sum_columns(sums, gate_bias).view(gate_bias.shape)
     if bias is None:
         return *gradients, projected.new_empty(0)

@@ -216,7 +216,7 @@ def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
     blocks = tiles.fit(problem.length)
     programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])
     whole = problem.length <= blocks["BLOCK_K"]
-    held = tiles.held and whole and problem.has_bias and problem.short_scale
+    held = tiles.held and whole and problem.holds_bias
     walk = {"STAGES": tiles.num_stages, "HELD": held}
     return Launch(
         kernel=forward_kernel,

@@ -60,6 +60,11 @@ class Problem:
         return abs(round(mantissa * 256) / (mantissa * 256) - 1) < 1 / 4096
 
     @property
+    def holds_bias(self) -> bool:
+        """There is a bias, and the tensor cores may add it."""
+        return self.has_bias and self.short_scale
+
+    @property
     def statistics(self) -> Output:
         """One number for each query."""
         return Output((self.batch, self.groups, self.heads, self.length), "float32")
@@ -99,7 +104,7 @@ class Tiles:
     groups: int
     num_warps: int
     num_stages: int
-    held: bool = False  # forward: the bias stays on chip, where all keys fit into a tile
+    held: bool = False  # the tensor cores add the bias; forward: it stays on chip
 
     def fit(self, length: int) -> dict[str, int]:
         """The tile for this length; the tensor cores take at least 16 by 16."""
