@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from foldcore.kernels import attention, attention_backward, attention_long
+from foldcore.kernels import attention
+from foldcore.kernels.attention_gradients import gradients
 from foldcore.kernels.attention_tiles import Problem
 from jaxfold._rows import sum_columns
 from jaxfold._triton import architecture, call, dtype_name
@@ -44,22 +45,13 @@ def _backward(axis: int, scale: float, saved: tuple[Any, ...], grad: Array) -> t
     """Gradients of projections and both biases; the mask has none."""
     projected, gate_bias, mask, bias, output, logsumexp = saved
     problem = _problem(projected, bias, axis, scale)
-    scores = projected, mask, mask if bias is None else bias
-    given = projected, gate_bias, *scores[1:], output, logsumexp, grad
-    if problem.whole:
-        launch = attention_backward.whole_grad(problem)
-        projected_grad, delta, sums, inner_grad = call(launch, *given)
-    else:
-        query_grad, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
-        launch = attention_long.key_value_grad(problem)
-        (projected_grad,) = call(launch, *scores, logsumexp, delta, inner_grad, query_grad)
+    biases = mask if bias is None else bias
+    projected_grad, sums, parts = gradients(
+        call, problem, projected, gate_bias, mask, biases, output, logsumexp, grad
+    )
     gate_bias_grad = sum_columns(sums, gate_bias).reshape(gate_bias.shape)
-    gradients = projected_grad, gate_bias_grad, jnp.zeros_like(mask)
-    if bias is None:
-        return *gradients, None
-    launch = attention_backward.bias_grad(problem)
-    (parts,) = call(launch, *scores, logsumexp, delta, inner_grad)
-    return *gradients, jnp.sum(parts, axis=0).astype(bias.dtype)
+    bias_grad = None if bias is None else jnp.sum(parts, axis=0).astype(bias.dtype)
+    return projected_grad, gate_bias_grad, jnp.zeros_like(mask), bias_grad
 
 
 gated_attention.defvjp(_forward, _backward)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foldcore.kernels import attention, attention_backward, attention_long
-from foldcore.kernels.attention_tiles import WHOLE_LIMIT, Problem, Tiles
+from foldcore.kernels import attention, attention_backward, attention_bias, attention_long
+from foldcore.kernels.attention_tiles import Problem, Tiles
 from foldcore.kernels.launch import Launch
 from parity.bench_attention import SHAPES, Shape
 from torchfold._triton import call
@@ -54,13 +54,15 @@ class Candidate:
         return [arrays[name] for name in _inputs(self.kernel, self.shape.biased)]
 
     def finish(self, outputs: tuple[Tensor, ...]) -> object:
-        return outputs[0].sum(0).to(torch.bfloat16) if self.kernel == "bias_grad" else None
+        return outputs[-1].sum(0).to(torch.bfloat16) if "bias_grad" in self.kernel else None
 
 
 LAUNCHES: dict[str, Callable[[Problem, Tiles | None], Launch]] = {
     "forward": attention.forward,
     "whole_grad": attention_backward.whole_grad,
     "bias_grad": attention_backward.bias_grad,
+    "output_grad": attention_bias.output_grad,
+    "query_bias_grad": attention_bias.query_bias_grad,
     "query_grad": attention_long.query_grad,
     "key_value_grad": attention_long.key_value_grad,
 }
@@ -82,7 +84,9 @@ DTYPES = {
 
 def _inputs(kernel: str, biased: bool) -> list[str]:
     bias = "bias" if biased else "mask"
-    if kernel in ("bias_grad", "key_value_grad"):
+    if kernel == "output_grad":
+        return ["projected", "gate_bias", "output", "grad"]
+    if kernel in ("bias_grad", "key_value_grad", "query_bias_grad"):
         scores = ["projected", "mask", bias, "logsumexp", "delta", "gathered_grad"]
         return scores if kernel == "bias_grad" else [*scores, "query_grad"]
     first = ["projected", "gate_bias", "mask", bias]
@@ -107,13 +111,16 @@ def in_use() -> Iterator[Candidate]:
 
 
 def _runs(kernel: str, shape: Shape) -> bool:
-    whole = shape.length <= WHOLE_LIMIT
+    problem = Candidate(shape, kernel, None).problem()
+    apart = not problem.whole and not problem.together
     return {
         "forward": True,
-        "whole_grad": whole,
-        "bias_grad": shape.biased,
-        "query_grad": not whole,
-        "key_value_grad": not whole,
+        "whole_grad": problem.whole and not problem.together,
+        "bias_grad": shape.biased and not problem.together,
+        "output_grad": problem.together,
+        "query_bias_grad": problem.together,
+        "query_grad": apart,
+        "key_value_grad": apart or problem.together,
     }[kernel]
 
 
@@ -128,6 +135,11 @@ def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
         keys = 128 if shape.length <= 128 else 256
         tiles = [(16, keys, 4), (32, keys, 4), (64, keys, 4)]
         tiles += [(16, keys, 8), (32, keys, 8), (64, keys, 8), (128, keys, 8)]
+    elif kernel == "key_value_grad":
+        tiles += [(32, 64, 4), (32, 128, 4)]
+        depths = [(1, 2), (1, 3), (1, 4)]
+    elif kernel == "query_bias_grad":
+        tiles, depths = [(64, 32, 4), (64, 64, 4), (128, 64, 8)], [(1, 1), (1, 2), (1, 3)]
     elif kernel == "bias_grad":
         tiles += [(64, 128, 8)]
         depths = [(8, 2), (16, 2), (32, 2), (8, 3), (16, 3), (32, 3), (64, 3)]
@@ -135,4 +147,6 @@ def _sizes(kernel: str, shape: Shape) -> Iterator[Tiles]:
         if queries <= shape.length and keys <= max(128, shape.length):
             yield Tiles(queries, keys, groups, warps, stages)
             if kernel == "forward" and shape.width <= 16 and keys == shape.length:
+                yield Tiles(queries, keys, groups, warps, stages, held=True)
+            if kernel == "key_value_grad" and shape.biased:
                 yield Tiles(queries, keys, groups, warps, stages, held=True)

@@ -26,6 +26,7 @@ from foldcore.config import OptimizerConfig
 from foldcore.kernels import (
     attention,
     attention_backward,
+    attention_bias,
     attention_long,
     dropout,
     global_attention,
@@ -169,13 +170,15 @@ def transitions(n: int, c: int, f: int) -> Iterator[Launch]:
 
 
 def problems() -> Iterator[Problem]:
-    """Rows and columns of the MSA, templates, rows of the extra MSA, pairs of a larger crop."""
+    """Rows and columns of the MSA, templates, rows of the extra MSA, pairs of other crops."""
     for rows_, columns, heads, width, axis in (
         (128, 256, 8, 32, 2),
         (128, 256, 8, 32, 1),
         (256, 256, 4, 16, 2),
         (1024, 256, 8, 8, 2),
         (384, 384, 4, 32, 2),
+        (250, 250, 4, 32, 2),
+        (250, 250, 8, 8, 2),
     ):
         shape = (1, rows_, columns, 4, heads, width)
         yield Problem(shape, axis, 0.2, KIND[0], has_bias=axis == 2, architecture=KIND[1])
@@ -184,6 +187,11 @@ def problems() -> Iterator[Problem]:
 def attentions(problem: Problem) -> Iterator[Launch]:
     """The kernels that an attention launches."""
     yield attention.forward(problem)
+    if problem.together:
+        yield attention_bias.output_grad(problem)
+        yield attention_bias.query_bias_grad(problem)
+        yield attention_long.key_value_grad(problem)
+        return
     if problem.whole:
         yield attention_backward.whole_grad(problem)
     else:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldcore.kernels import attention, attention_long, attention_tiles, cases
+from foldcore.kernels import attention, attention_bias, attention_long, attention_tiles, cases
 from jaxfold import _attention, _rows
 from jaxfold import ops as jax_ops
 from tests import triton_interpreter
@@ -167,12 +167,60 @@ def test_gradients_in_two_kernels(case: Case, held: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(attention_tiles, "_INTERPRETED", sizes)
     monkeypatch.setattr(attention_tiles.Problem, "whole", False)
     launches = []
-    for name in ("query_grad", "key_value_grad"):
-        launch = getattr(attention_long, name)
-        noted = lambda p, launch=launch: launches.append(launch(p)) or launches[-1]  # noqa: E731
-        monkeypatch.setattr(attention_long, name, noted)
+    launch = attention_long.key_value_grad
+    noted = lambda p: launches.append(launch(p)) or launches[-1]  # noqa: E731
+    monkeypatch.setattr(attention_long, "key_value_grad", noted)
     check(case)
-    assert [x.constants["IDENTITY"] for x in launches] == 2 * [held and case.biased]
+    assert launches[0].constants["IDENTITY"] == (held and case.biased)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="these are sizes of the interpreter")
+@pytest.mark.parametrize("programs", [1, 100])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(groups=5, length=64, batch=2),
+        Case(groups=3, length=64, width=8, axis=1),
+        Case(groups=3, length=64, width=32, dtype=torch.bfloat16, scale=32**-0.5),
+        Case(groups=3, length=50),
+    ],
+    ids=str,
+)
+def test_gradients_of_queries_and_bias_together(
+    case: Case, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = attention_tiles.Tiles(32, 16, 1, 4, 1, held=True)
+    monkeypatch.setattr(attention_tiles, "_INTERPRETED", sizes)
+    monkeypatch.setattr(attention_tiles.Problem, "together", True)
+    monkeypatch.setattr(attention_bias, "TOGETHER", programs)
+    launches = []
+    launch = attention_bias.query_bias_grad
+    noted = lambda p: launches.append(launch(p)) or launches[-1]  # noqa: E731
+    monkeypatch.setattr(attention_bias, "query_bias_grad", noted)
+    check(case)
+    assert launches[0].grid[1] == 1 if programs == 1 else launches[0].grid[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "together"),
+    [
+        ({}, True),
+        ({"length": 192}, True),
+        ({"length": 250}, False),
+        ({"length": 384}, False),
+        ({"dtype": "float32"}, False),
+        ({"has_bias": False}, False),
+        ({"scale": 0.3}, False),
+        ({"width": 64}, False),
+        ({"architecture": 80}, False),
+    ],
+    ids=str,
+)
+def test_they_are_together_where_that_was_measured(changed: dict, together: bool) -> None:
+    given = {"length": 256, "width": 32, "scale": 32**-0.5, "dtype": "bfloat16", "has_bias": True}
+    given |= {"architecture": 90} | changed
+    shape = (1, 4, given.pop("length"), 4, 2, given.pop("width"))
+    assert attention_tiles.Problem(shape, axis=2, **given).together == together
 
 
 @pytest.mark.parametrize(

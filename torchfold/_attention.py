@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from foldcore.kernels import attention, attention_backward, attention_long
+from foldcore.kernels import attention
+from foldcore.kernels.attention_gradients import gradients
 from foldcore.kernels.attention_tiles import Problem
 from torchfold._rows import sum_columns
 from torchfold._triton import architecture, call, dtype_name
@@ -76,21 +77,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of projections, gate bias and bias; the last is empty without a bias."""
     problem = _problem(projected, bias, axis, scale)
-    scores = projected, mask, mask if bias is None else bias
-    given = projected, gate_bias, *scores[1:], output, logsumexp, grad
-    if problem.whole:
-        launch = attention_backward.whole_grad(problem)
-        projected_grad, delta, sums, inner_grad = call(launch, *given)
-    else:
-        query_grad, delta, sums, inner_grad = call(attention_long.query_grad(problem), *given)
-        launch = attention_long.key_value_grad(problem)
-        (projected_grad,) = call(launch, *scores, logsumexp, delta, inner_grad, query_grad)
-    gradients = projected_grad, sum_columns(sums, gate_bias).view(gate_bias.shape)
+    biases = mask if bias is None else bias
+    projected_grad, sums, parts = gradients(
+        call, problem, projected, gate_bias, mask, biases, output, logsumexp, grad
+    )
+    gate_bias_grad = sum_columns(sums, gate_bias).view(gate_bias.shape)
     if bias is None:
-        return *gradients, projected.new_empty(0)
-    launch = attention_backward.bias_grad(problem)
-    (parts,) = call(launch, *scores, logsumexp, delta, inner_grad)
-    return *gradients, parts.sum(0).to(bias.dtype)
+        return projected_grad, gate_bias_grad, projected.new_empty(0)
+    return projected_grad, gate_bias_grad, parts.sum(0).to(bias.dtype)
 
 
 @_backward.register_fake

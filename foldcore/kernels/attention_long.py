@@ -5,7 +5,8 @@ queries and gate, and once more for those of keys and values. Programs are small
 a score has to change places between threads.
 
 Where sizes say so (IDENTITY) the tensor cores add the bias to the products of queries and keys, as
-in ``attention``: its tile goes from memory to them without passing through registers.
+in ``attention``: its tile goes from memory to them without passing through registers. Keys and
+values are that way beside ``attention_bias`` too.
 """
 
 import triton
@@ -60,7 +61,6 @@ def query_grad_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    IDENTITY: tl.constexpr,
 ):
     """One tile of queries, over all keys."""
     await_previous()
@@ -99,9 +99,6 @@ def query_grad_kernel(
     store_sums(gate_sums_ptr + tile * CHANNELS + head * WIDTH, gate_grad, WIDTH)
     tl.store(delta_ptr + statistic, delta, mask=inside)
     logsumexp = tl.load(logsumexp_ptr + statistic, mask=inside, other=float("inf"))
-    unit = SCALE * LOG2_E  # of products of queries and keys
-    if IDENTITY:
-        unit, identity = identity_of(bias_ptr, SCALE, BLOCK_Q)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, LENGTH, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
@@ -110,15 +107,10 @@ def query_grad_kernel(
         v = load_tile(k_ptr + CHANNELS, key, STRIDE, LENGTH, WIDTH, BLOCK_D)
         # no weight for masked keys even of a query without any other: their logits are fixed
         summand = key_summand(mask_ptr + position, key, STEP, LENGTH, float("-inf"))[None, :]
-        logits = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
-            if IDENTITY:
-                logits = tl.dot(identity, bias, input_precision="ieee")
-            else:
-                summand += bias.to(tl.float32) * LOG2_E
-        logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
-        weights = tl.exp2(logits * unit + (summand - logsumexp[:, None]))
+            summand += load_bias(bias_ptr, query[:, None], key[None, :], LENGTH)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE + summand
+        weights = tl.exp2(logits * LOG2_E - logsumexp[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (weights * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
@@ -218,7 +210,7 @@ def query_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
             problem.gate_sums(query_tiles),
             problem.gathered,
         ),
-        constants=problem.constants() | blocks | {"IDENTITY": tiles.held and problem.holds_bias},
+        constants=problem.constants() | blocks,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

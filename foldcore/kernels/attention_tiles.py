@@ -54,6 +54,15 @@ class Problem:
         return self.length <= WHOLE_LIMIT
 
     @property
+    def together(self) -> bool:
+        """Gradients of queries and of the bias come from one kernel, where that was measured."""
+        limit = next((limit for limit in LENGTH_CLASSES if self.length <= limit), 0)
+        sizes = _MEASURED.get(self.architecture, {})
+        found = sizes.get(("query_bias_grad", limit, self.padded_width))
+        exact = found is not None and self.length % max(found.queries, found.keys) == 0
+        return exact and self.holds_bias and self.dtype != "float32"
+
+    @property
     def short_scale(self) -> bool:
         """bfloat16 has 1 / scale but for a part of 1 / 4096. For 8 channels it is 1 / 9300."""
         mantissa, _ = math.frexp(1 / self.scale)
@@ -119,6 +128,8 @@ _DEFAULT = {
     "key_value_grad": Tiles(32, 64, 1, 4, 2),
     "whole_grad": Tiles(32, WHOLE_LIMIT, 1, 8, 2),
     "bias_grad": Tiles(64, 64, 16, 4, 2),
+    "output_grad": Tiles(128, 64, 1, 4, 1),
+    "query_bias_grad": Tiles(64, 64, 1, 4, 2),
 }
 # Exact float32 products do without the tensor cores and need the registers.
 _FLOAT32 = {
@@ -143,6 +154,12 @@ _MEASURED: dict[int, dict[tuple[str, int, int], Tiles]] = {
         ("bias_grad", 256, 32): Tiles(64, 64, 16, 4, 3),
         ("bias_grad", 256, 16): Tiles(64, 64, 64, 4, 3),
         ("bias_grad", 512, 32): Tiles(64, 64, 32, 4, 2),
+        ("output_grad", 256, 32): Tiles(128, 64, 1, 4, 1),
+        ("output_grad", 256, 16): Tiles(128, 64, 1, 4, 1),
+        ("query_bias_grad", 256, 32): Tiles(64, 32, 1, 4, 2, held=True),
+        ("query_bias_grad", 256, 16): Tiles(64, 64, 1, 4, 2, held=True),
+        ("key_value_grad", 256, 32): Tiles(32, 64, 1, 4, 3, held=True),
+        ("key_value_grad", 256, 16): Tiles(32, 128, 1, 4, 3, held=True),
         ("query_grad", 512, 32): Tiles(128, 64, 1, 4, 3),
         ("key_value_grad", 512, 32): Tiles(64, 128, 1, 4, 2),
     }
