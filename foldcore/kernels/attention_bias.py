@@ -23,6 +23,7 @@ from foldcore.kernels.attention import (
 from foldcore.kernels.attention_backward import output_terms, store_sums
 from foldcore.kernels.attention_long import identity_of
 from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 
 TOGETHER = 256  # programs that H100 and H200 run at once, two a multiprocessor
@@ -51,6 +52,7 @@ def output_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """What is elementwise, of one tile of queries."""
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     tiles = tl.cdiv(LENGTH, BLOCK_Q)
@@ -105,14 +107,14 @@ def query_bias_grad_kernel(
     STAGES: tl.constexpr,
 ):
     """A tile of queries with all keys, over the groups that are this program's."""
+    await_previous()
     CHANNELS: tl.constexpr = HEADS * WIDTH
     GROUP_STRIDE: tl.constexpr = GROUP_STEP * PARTS * CHANNELS
     STRIDE: tl.constexpr = STEP * PARTS * CHANNELS
     TILES: tl.constexpr = (LENGTH + BLOCK_K - 1) // BLOCK_K
-    head = tl.program_id(0) % HEADS
+    head, first, batch = tl.program_id(0) % HEADS, tl.program_id(1), tl.program_id(2)
     query = tl.program_id(0) // HEADS * BLOCK_Q + tl.arange(0, BLOCK_Q)
     key = tl.arange(0, BLOCK_K)
-    first, batch = tl.program_id(1), tl.program_id(2)
     bias_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
     unit, identity = identity_of(bias_ptr, SCALE, BLOCK_Q)
     biases, totals = (), ()
@@ -121,16 +123,16 @@ def query_bias_grad_kernel(
         held = load_bias(bias_ptr, query[:, None], at[None, :], LENGTH)
         biases = biases + (held,)  # type: ignore[assignment]
         totals = totals + (tl.zeros([BLOCK_Q, BLOCK_K], tl.float32),)  # type: ignore[assignment]
-    batch_ptr = projected_ptr + batch.to(tl.int64) * (GROUPS * LENGTH * PARTS * CHANNELS)
-    batch_ptr += head * WIDTH
-    q_ptr = batch_ptr + first.to(tl.int64) * GROUP_STRIDE
-    q_ahead = load_tile(q_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+    positions = batch.to(tl.int64) * (GROUPS * LENGTH)
+    batch_ptr = projected_ptr + positions * (PARTS * CHANNELS) + head * WIDTH
+    first_ptr = batch_ptr + first.to(tl.int64) * GROUP_STRIDE
+    q_ahead = load_tile(first_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
     step = tl.num_programs(1)  # groups in turn
     for group in tl.range(first, GROUPS, step, num_stages=STAGES):
         q = q_ahead  # the next waits in registers: shared memory is full
-        q_ptr = batch_ptr + tl.minimum(group + step, GROUPS - 1).to(tl.int64) * GROUP_STRIDE
-        q_ahead = load_tile(q_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
-        position = (batch * (GROUPS * LENGTH) + group * GROUP_STEP).to(tl.int64)
+        next_ptr = batch_ptr + tl.minimum(group + step, GROUPS - 1).to(tl.int64) * GROUP_STRIDE
+        q_ahead = load_tile(next_ptr, query, STRIDE, LENGTH, WIDTH, BLOCK_D)
+        position = positions + group * GROUP_STEP
         base = position * (PARTS * CHANNELS) + head * WIDTH
         do_ptr = gathered_grad_ptr + position * CHANNELS + head * WIDTH
         do = load_tile(do_ptr, query, STEP * CHANNELS, LENGTH, WIDTH, BLOCK_D)
@@ -155,8 +157,8 @@ def query_bias_grad_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         totals = sums
         store_tile(projected_grad_ptr + base, query, dq * SCALE, STRIDE, LENGTH, WIDTH)
-    bias_grad_ptr += first.to(tl.int64) * (tl.num_programs(2) * HEADS) * LENGTH * LENGTH
-    bias_grad_ptr += (batch * HEADS + head).to(tl.int64) * (LENGTH * LENGTH)
+    table = (first.to(tl.int64) * tl.num_programs(2) + batch) * HEADS + head
+    bias_grad_ptr += table * (LENGTH * LENGTH)
     for i in tl.static_range(TILES):
         at = i * BLOCK_K + key
         pointers = bias_grad_ptr + query[:, None] * LENGTH + at[None, :]
