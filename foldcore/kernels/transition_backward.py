@@ -31,8 +31,8 @@ from foldcore.kernels.turns import Turns
 
 # channels up to -> sizes, of an H200
 MASK = {128: Turns(64, 128, 8, 1, 4), 256: Turns(64, 128, 8, 1, 3)}
-NORM = Sizes(4096, 8, groups=264)
-AHEAD_CHANNELS = 128  # rows that are no wider gain if the next are loaded ahead
+NORM = Sizes(2048, 8, groups=264)  # of an H200
+AHEAD, AHEAD_CHANNELS = 3, 128  # rows that are no wider gain if the next are loaded ahead
 _TESTED = Sizes(256, 4, groups=2)  # in the interpreter: several tiles of small arrays
 
 
@@ -146,7 +146,7 @@ def norm(
     sizes = _TESTED if architecture == INTERPRETER else sizes
     rows = max(sizes.elements // block(c), 1)
     count = min(sizes.groups, cdiv(n, rows))
-    ahead = 2 if block(c) <= AHEAD_CHANNELS and dtype == "bfloat16" else None
+    ahead = AHEAD if block(c) <= AHEAD_CHANNELS and dtype == "bfloat16" else None
     return Launch(
         kernel=transition_norm_backward_kernel,
         grid=(count,),
