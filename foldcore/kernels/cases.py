@@ -144,16 +144,17 @@ _SIDES = {
     for side in ("left", "right")
     for part in ("weights", "bias")
 }
-# With and without a bias, along both axes, edges masked; the third has more keys than one program
-# holds, the fourth so narrow heads that the bias stays on chip.
+# With and without a bias, along both axes, edges masked. The first gets the gradients of queries
+# and of its bias from one kernel, whose programs walk through two groups and more; the third has
+# more keys than one program holds, the fourth so narrow heads that the bias stays on chip.
 CASES = (
     Case(
         "gated_attention",
         {
-            "projected": (1, 9, 200, 4, 2, 32),
+            "projected": (1, 70, 256, 4, 2, 32),
             "gate_bias": (2, 32),
-            "mask": (1, 9, 200),
-            "bias": (1, 2, 200, 200),
+            "mask": (1, 70, 256),
+            "bias": (1, 2, 256, 256),
         },
         {"axis": 2, "scale": 0.2},
     ),
