@@ -1,7 +1,7 @@
 """``ops.triangle_multiplication`` by Triton kernels."""
 
 import functools
-import itertools
+import math
 from typing import Any
 
 import jax
@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from foldcore.kernels import (
+    rows,
     triangle,
     triangle_backward,
     triangle_fold,
     triangle_output_backward,
 )
-from jaxfold._rows import sum_columns
 from jaxfold._triton import architecture, call, dtype_name
+
+FOLDED = 4  # arrays that ``fold`` makes of 16 parameters
 
 
 def _multiply(left: Array, right: Array, outgoing: bool) -> Array:
@@ -37,7 +39,6 @@ def _multiply_backward(
     return right @ grad, jnp.einsum("bhkj,bhij->bhki", left, grad)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def triangle_multiplication(
     pair: Array,
     mask: Array,
@@ -46,25 +47,74 @@ def triangle_multiplication(
     outgoing: bool,
     residual: bool,
 ) -> Array:
-    """The update of the pair, with ``residual`` added to it."""
-    return _forward(pair, mask, factor, parameters, outgoing, residual)[0]
+    """The update of the pair, with ``residual`` added to it; parameters may be folded already."""
+    folded = parameters if len(parameters) == FOLDED else fold(parameters)
+    return _multiplication(pair, mask, factor, folded, outgoing, residual)
+
+
+# Norms as a part of weights -----------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def fold(parameters: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Weights [l c w] and bias [l w] of the projections, those of the output; or all without l."""
+    layers, c, h = _layers(parameters)
+    launch = triangle_fold.forward(math.prod(layers), c, h, dtype_name(parameters[0]))
+    return tuple(x.reshape(*layers, *x.shape[1:]) for x in call(launch, *parameters))
+
+
+def _layers(parameters: tuple[Array, ...]) -> tuple[tuple[int, ...], int, int]:
+    """The leading axis, if there is one; channels of pairs and of the product."""
+    *layers, c, h = parameters[2].shape
+    return tuple(layers), c, h
+
+
+def _fold(parameters: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    return fold(parameters), tuple(parameters[i] for i in triangle_fold.WITHOUT_BIASES)
+
+
+def _fold_backward(
+    parameters: tuple[Array, ...], grads: tuple[Array, ...]
+) -> tuple[tuple[Array, ...]]:
+    """Gradients by all parameters, of which those but biases are given."""
+    layers, c, h = _layers(parameters)
+    launch = triangle_fold.backward(math.prod(layers), c, h, dtype_name(parameters[0]))
+    found = call(launch, *grads, *parameters)
+    return (tuple(x.reshape(*layers, *x.shape[1:]) for x in found),)
+
+
+fold.defvjp(_fold, _fold_backward)
+
+
+# The multiplication -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _multiplication(
+    pair: Array,
+    mask: Array,
+    factor: Array | None,
+    folded: tuple[Array, ...],
+    outgoing: bool,
+    residual: bool,
+) -> Array:
+    return _forward(pair, mask, factor, folded, outgoing, residual)[0]
 
 
 def _forward(
     pair: Array,
     mask: Array,
     factor: Array | None,
-    parameters: tuple[Array, ...],
+    folded: tuple[Array, ...],
     outgoing: bool,
     residual: bool,
 ) -> tuple[Array, Any]:
     """The result, and what the backward pass needs: its inputs; left, right and product [b h i j];
-    1 / standard deviation of the pair, mean and 1 / standard deviation of the product [b p]; folded
-    weights and biases."""
+    1 / standard deviation of the pair, mean and 1 / standard deviation of the product [b p]."""
     b, i, j, c = pair.shape
-    h = parameters[2].shape[1]
+    h = folded[2].shape[0]
     kind = dtype_name(pair), architecture()
-    *folded, rstd = call(triangle_fold.forward(b, i * j, c, h, kind[0]), pair, *parameters)
+    (rstd,) = call(triangle_fold.rstd(b, i * j, c, kind[0]), pair)
     launch = triangle.project(b, i * j, c, h, *kind)
     left, right = call(launch, pair, mask.astype(jnp.float32), rstd, *folded[:2])
     left, right = left.reshape(b, h, i, j), right.reshape(b, h, i, j)
@@ -72,16 +122,15 @@ def _forward(
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)
     inputs = (product, pair, mask if factor is None else factor, rstd, *folded)
     out, *center = call(launch, *inputs)
-    saved = (pair, mask, factor, parameters, left, right, product, rstd, *center, *folded)
+    saved = (pair, mask, factor, folded, left, right, product, rstd, *center)
     return out.reshape(pair.shape), saved
 
 
 def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[Any, ...]:
-    """Gradients of pair and parameters; mask and factor have none."""
-    pair, mask, factor, parameters, left, right, product, rstd, *rest = saved
-    center_mean, center_rstd, *folded = rest
+    """Gradients of pair and folded parameters; mask and factor have none."""
+    pair, mask, factor, folded, left, right, product, rstd, center_mean, center_rstd = saved
     b, i, j, c = pair.shape
-    h, n = parameters[2].shape[1], b * i * j
+    h, n = folded[2].shape[0], b * i * j
     kind = dtype_name(pair), architecture()
     launch = triangle_output_backward.output(b, (i, j), c, h, *kind, factor is not None)
     inputs = (grad, product, pair, mask if factor is None else factor)
@@ -100,16 +149,14 @@ def _backward(outgoing: bool, residual: bool, saved: Any, grad: Array) -> tuple[
     normal_grad = jnp.einsum("wn,cw->nc", projected_grad, folded[0])
     launch = triangle_backward.norm(n, c, *kind, residual)
     pair_grad, normal = call(launch, pair, normal_grad, grad)
-    moments = jnp.einsum("nc,wn->cw", normal, projected_grad), center @ update_grad
-    totals = sum_columns(sums, rstd), sum_columns(output_sums, rstd)
-    without_biases = [parameters[i] for i in triangle_fold.WITHOUT_BIASES]
-    launch = triangle_fold.backward(c, h, dtype_name(parameters[0]))
-    *weights, vectors = call(launch, *moments, *totals, *without_biases)
-    ends = itertools.accumulate(parameters[i].shape[0] for i in triangle_fold.VECTORS[:-1])
-    parameter_grads = triangle_fold.in_order(weights, jnp.split(vectors, list(ends)))
+    moments = jnp.einsum("nc,wn->cw", normal, projected_grad)
+    output_moments = center @ update_grad
+    launch = rows.two_column_sums(sums.shape, output_sums.shape, "float32")
+    bias, output_bias = jnp.split(call(launch, sums, output_sums)[0], folded[1].shape)
+    folded_grads = (moments, bias, output_moments, output_bias)
     factor_grad = None if factor is None else jnp.zeros_like(factor)
     pair_grad = pair_grad.reshape(pair.shape)
-    return pair_grad, jnp.zeros_like(mask), factor_grad, tuple(parameter_grads)
+    return pair_grad, jnp.zeros_like(mask), factor_grad, folded_grads
 
 
-triangle_multiplication.defvjp(_forward, _backward)
+_multiplication.defvjp(_forward, _backward)

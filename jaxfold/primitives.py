@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from foldcore import dropout as definition
 from jaxfold import ops
+from jaxfold.stack import Deriving
 
 Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
@@ -57,12 +58,15 @@ class LayerNorm(nnx.Module):
         return ops.layer_norm_residual(x, self.scale[...], self.offset[...])
 
 
-class Attention(nnx.Module):
+class Attention(Deriving):
     """Attention of several heads, gated or not (Suppl. Alg. 7, 8, 13, 14, 17, without the norm)."""
+
+    packed: nnx.Variable[Array] | None = None
 
     def __init__(
         self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
     ):
+        self.gating = gating
         self.query_w = parameter((c_q, num_heads, c_hidden), "glorot")
         self.key_w = parameter((c_kv, num_heads, c_hidden), "glorot")
         self.value_w = parameter((c_kv, num_heads, c_hidden), "glorot")
@@ -72,11 +76,15 @@ class Attention(nnx.Module):
         self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
         self.output_b = parameter((c_out,), "zeros")
 
-    def project(self, x: Float[Array, "b s r c"]) -> Float[Array, "b s r 4 h d"]:
-        """What ``ops.gated_attention`` reads of each position."""
-        weights = (self.query_w, self.gating_w, self.key_w, self.value_w)
-        packed = jnp.stack([w[...] for w in weights], axis=1)
-        return (x @ packed.reshape(len(packed), -1)).reshape(*x.shape[:3], *packed.shape[1:])
+    def derive(self) -> dict[str, Array]:
+        """Weights of all that is projected from one input, side by side."""
+        first = (self.query_w, self.gating_w) if self.gating else ()
+        return {"packed": jnp.stack([w[...] for w in (*first, self.key_w, self.value_w)], axis=-3)}
+
+    def project(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch n h d"]:
+        """What ``ops.gated_attention`` reads of each position; without a gate, key and value."""
+        packed = self.derive()["packed"] if self.packed is None else self.packed[...]
+        return (x @ packed.reshape(len(packed), -1)).reshape(*x.shape[:-1], *packed.shape[1:])
 
     def within(
         self,
@@ -108,12 +116,10 @@ class Attention(nnx.Module):
         mask: Float[Array, "b t"],
     ) -> Float[Array, "b i j c_z"]:
         """From each pair to the same pair of every template, without a gate (Suppl. Alg. 17)."""
-        packed = jnp.stack((self.key_w[...], self.value_w[...]), axis=1)
         query = pair @ self.query_w[...].reshape(pair.shape[-1], -1)
         query = query.reshape(*pair.shape[:3], *self.query_w.shape[1:])
-        projected = embedded @ packed.reshape(len(packed), -1)
-        projected = projected.reshape(*embedded.shape[:4], *packed.shape[1:])
-        gathered = ops.template_attention(query, projected, mask, scale=query.shape[-1] ** -0.5)
+        projected, scale = self.project(embedded), query.shape[-1] ** -0.5
+        gathered = ops.template_attention(query, projected, mask, scale=scale)
         return _project(gathered, self.output_w[...], self.output_b[...], pair, None, False)
 
 
@@ -131,8 +137,10 @@ def _project(
     return ops.linear_update(base, *flat, bias, factor, residual=residual, transposed=transposed)
 
 
-class GlobalAttention(nnx.Module):
+class GlobalAttention(Deriving):
     """Attention whose query is the mean of a group, with one shared key head (Suppl. Alg. 19)."""
+
+    packed: nnx.Variable[Array] | None = None
 
     def __init__(self, c: int, num_heads: int, c_hidden: int):
         self.query_w = parameter((c, num_heads, c_hidden), "glorot")
@@ -143,6 +151,11 @@ class GlobalAttention(nnx.Module):
         self.output_w = parameter((num_heads, c_hidden, c), "zeros")
         self.output_b = parameter((c,), "zeros")
 
+    def derive(self) -> dict[str, Array]:
+        """Weights of key, value and gates side by side."""
+        gates = self.gating_w[...].reshape(*self.key_w.shape[:-1], -1)
+        return {"packed": jnp.concatenate((self.key_w[...], self.value_w[...], gates), axis=-1)}
+
     def __call__(
         self,
         x: Float[Array, "b s r c"],
@@ -152,9 +165,8 @@ class GlobalAttention(nnx.Module):
         residual: bool = False,
     ) -> Float[Array, "b s r c"]:
         """Along the rows (axis 2) or the columns (axis 1), an update of ``base`` or added to it."""
-        gates = self.gating_w[...].reshape(self.gating_w.shape[0], -1)
-        weights = jnp.concatenate((self.key_w[...], self.value_w[...], gates), axis=1)
-        projected, mean = ops.project_with_mean(x, mask, weights, axis=axis)
+        packed = self.derive()["packed"] if self.packed is None else self.packed[...]
+        projected, mean = ops.project_with_mean(x, mask, packed, axis=axis)
         query = jnp.einsum("bgc,chd->bghd", mean, self.query_w[...])
         gathered = ops.global_attention(
             query, projected, self.gating_b[...], mask, axis=axis, scale=query.shape[-1] ** -0.5

@@ -5,10 +5,35 @@ They return what they normalise as well, for an update to be added to it: so the
 backward pass add the gradients that come around the norm.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxfold import ops
+
+
+class FoldedTriangle(NamedTuple):
+    """What kernels of a triangle multiplication take: norms as a part of weights and biases."""
+
+    folded: Float[Array, "*l c_z w"]
+    folded_bias: Float[Array, "*l w"]
+    output_folded: Float[Array, "*l c c_z"]
+    output_folded_bias: Float[Array, "*l c_z"]
+
+
+def fold_triangle(
+    *parameters: Float[Array, "..."], implementation: str | None = None
+) -> FoldedTriangle | None:
+    """Of TriangleParameters in their order, what ``ops.triangle_multiplication`` takes instead.
+
+    A leading axis may count layers. None for plain operations, which take the parameters.
+    """
+    if not ops._kernel_runs("fold_triangle", implementation, *parameters):
+        return None
+    from jaxfold import _triangle
+
+    return FoldedTriangle(*_triangle.fold(parameters))
 
 
 def pair_bias(

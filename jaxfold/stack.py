@@ -1,6 +1,7 @@
 """Stacks of equal blocks: parameters with a leading axis of layers, run by one loop.
 
-The axis is DeepMind's: slice l holds the parameters of the l-th block to run.
+The axis is DeepMind's: slice l holds the parameters of the l-th block to run. What modules derive
+from parameters is derived for all layers at once, before the loop.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,17 @@ from jaxtyping import Array, Int
 Block = TypeVar("Block", bound=nnx.Module)
 Carry = TypeVar("Carry")
 Recompute = Literal["none", "block"]
+
+
+class Deriving(nnx.Module):
+    """A module that computes with arrays derived from parameters, such as several of them as one.
+
+    It derives them on the spot, unless attributes of their names, None otherwise, hold them.
+    """
+
+    def derive(self) -> dict[str, Array]:
+        """The arrays by name; with a leading axis of layers where parameters have one."""
+        raise NotImplementedError
 
 
 def stack(block: Block, num_blocks: int) -> Block:
@@ -43,7 +55,7 @@ def run(
     out instead of looping: that compiles slower, and what is kept for the backward pass stays where
     it was computed, while a loop copies it to and from arrays that hold all blocks.
     """
-    graphdef, state = nnx.split(blocks)
+    graphdef, state = nnx.split(_derive(blocks))
     num_blocks = jax.tree.leaves(state)[0].shape[0]
 
     def body(carry: Carry, layer: tuple[Int[Array, ""], Any]) -> tuple[Carry, None]:
@@ -64,6 +76,16 @@ def run(
     for layer in _split(layers, num_blocks):
         carry = one(carry, layer)
     return carry
+
+
+def _derive(blocks: Block) -> Block:
+    """The same with what its modules derive."""
+    blocks = nnx.merge(*nnx.split(blocks))
+    for _, module in list(nnx.iter_graph(blocks)):
+        if isinstance(module, Deriving):
+            for name, array in module.derive().items():
+                setattr(module, name, nnx.Variable(array))
+    return blocks
 
 
 def _split(layers: Any, num_blocks: int) -> Iterator[Any]:

@@ -35,7 +35,8 @@ def _square(shape: SHAPE) -> tuple[int, tuple[int, int], int, int, str, int]:
 
 
 LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
-    "triangle fold": lambda s, _: triangle_fold.forward(*_flat(s)[:5]),
+    "triangle fold": lambda s, _: triangle_fold.forward(1, s[2], s[3], KIND[0]),
+    "triangle rstd": lambda s, _: triangle_fold.rstd(s[0], s[1] ** 2, s[2], KIND[0]),
     "triangle project": lambda s, t: triangle.project(*_flat(s), turns=t),
     "triangle output": lambda s, t: triangle.output(*_square(s), True, True, turns=t),
     "triangle output backward": lambda s, t: triangle_output_backward.output(
@@ -48,9 +49,11 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "triangle norm backward": lambda s, _: triangle_backward.norm(
         s[0] * s[1] ** 2, s[2], *KIND, residual=True
     ),
-    "triangle fold backward": lambda s, _: triangle_fold.backward(s[2], s[3], KIND[0]),
+    "triangle fold backward": lambda s, _: triangle_fold.backward(1, s[2], s[3], KIND[0]),
 }
-FIXED = {name for name in LAUNCHES if "fold" in name or "norm" in name}  # have no sizes to choose
+FIXED = {
+    name for name in LAUNCHES if name.split()[1] in ("fold", "rstd", "norm")
+}  # have no sizes to choose
 
 
 def inputs(kernel: str, shape: SHAPE) -> list[Array]:
@@ -62,9 +65,9 @@ def inputs(kernel: str, shape: SHAPE) -> list[Array]:
     number: Array = "mask", (p,)
     folded: list[Array] = [("weights", (c, wide)), ("mask", (wide,))]
     output: list[Array] = [("weights", (h, c)), ("mask", (c,))]
-    moments: list[Array] = [*folded[:1], *output[:1], ("mask", (4 * h,)), ("mask", (2 * c,))]
     return {
-        "triangle fold": [pair, *w],
+        "triangle fold": w,
+        "triangle rstd": [pair],
         "triangle project": [pair, mask, number, *folded],
         "triangle output": [hidden, pair, factor, number, *folded, *output],
         "triangle output backward": [
@@ -77,7 +80,7 @@ def inputs(kernel: str, shape: SHAPE) -> list[Array]:
             ("normal", (wide, p)),
         ],
         "triangle norm backward": [pair, pair, pair],
-        "triangle fold backward": [*moments, *(w[i] for i in triangle_fold.WITHOUT_BIASES)],
+        "triangle fold backward": [*folded, *output, *(w[i] for i in triangle_fold.WITHOUT_BIASES)],
     }[kernel]
 
 

@@ -63,7 +63,8 @@ FLOAT32 = (
     *("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr", "gathered_ptr"),
     "parts_ptr",
     *("rstd_ptr", "center_mean_ptr", "center_rstd_ptr", "slope_ptr", "sums_ptr"),
-    *("output_sums_ptr", "folded_bias_ptr", "output_folded_bias_ptr"),
+    *("folded_bias_ptr", "output_folded_bias_ptr"),
+    *("dfolded_bias_ptr", "doutput_folded_bias_ptr"),
 )
 ALL_FLOAT32 = (
     *("optimizer_squares_kernel", "optimizer_update_kernel"),
@@ -85,14 +86,15 @@ def launches() -> Iterator[Launch]:
             yield linear_update.backward(shape, c, c, *KIND)
     for b, c, residues in ((1, 128, 256), (4, 64, 256), (1, 128, 250)):
         pairs = residues * residues
-        yield triangle_fold.forward(b, pairs, c, c, KIND[0])
+        yield triangle_fold.forward(48, c, c, KIND[0])
+        yield triangle_fold.rstd(b, pairs, c, KIND[0])
         yield triangle.project(b, pairs, c, c, *KIND)
         yield triangle.output(b, (residues, residues), c, c, *KIND, has_factor=True, residual=True)
         yield triangle_output_backward.output(b, (residues, residues), c, c, *KIND, has_factor=True)
         yield triangle_output_backward.center(b, pairs, c, c, *KIND, slopes=1)
         yield triangle_backward.project(b, pairs, c, c, *KIND)
         yield triangle_backward.norm(b * pairs, c, *KIND, residual=True)
-        yield triangle_fold.backward(c, c, KIND[0])
+        yield triangle_fold.backward(48, c, c, KIND[0])
     yield from global_attentions((1, 1024, 256), 64, 8, 8)
     yield from global_attentions((1, 1000, 250), 64, 8, 8)
     for residues in (256, 250):

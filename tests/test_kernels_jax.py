@@ -63,6 +63,11 @@ def call(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_calls(monkeypatch, call)
+
+
+def replace_calls(monkeypatch: pytest.MonkeyPatch, call: Callable[..., Any]) -> None:
+    """Kernels of the JAX track are launched by ``call``."""
     kernels = _dropout, _global_attention, _linear_update, _outer_product, _projections, _rows
     for module in (*kernels, _attention, _template_attention, _triangle):
         monkeypatch.setattr(module, "call", call)

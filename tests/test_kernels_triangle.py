@@ -105,8 +105,8 @@ def test_standard_deviations_far_from_zero(dtype: torch.dtype, tolerance: float)
     pair = normal(torch.Generator().manual_seed(0), 81, case.c).to(DEVICE, dtype) + 30
     product = normal(torch.Generator().manual_seed(1), case.h, 81).to(DEVICE, dtype) - 30
     kind = _triton.dtype_name(pair), _triton.architecture(pair.device)
-    launch = triangle_fold.forward(1, 81, case.c, case.h, kind[0])
-    *folded, rstd = _triton.call(launch, pair, *parameters)
+    folded = _triton.call(triangle_fold.forward(1, case.c, case.h, kind[0]), *parameters)
+    (rstd,) = _triton.call(triangle_fold.rstd(1, 81, case.c, kind[0]), pair)
     launch = triangle.output(1, (9, 9), case.c, case.h, *kind, has_factor=False, residual=False)
     _, mean, center_rstd = _triton.call(launch, product, pair, rstd, rstd, *folded)
     torch.testing.assert_close(mean[0].double(), product.double().mean(0), rtol=2e-6, atol=0)

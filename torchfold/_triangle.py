@@ -1,18 +1,21 @@
 """``ops.triangle_multiplication`` by Triton kernels: custom operators."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from foldcore.kernels import (
+    rows,
     triangle,
     triangle_backward,
     triangle_fold,
     triangle_output_backward,
 )
-from torchfold._rows import sum_columns
 from torchfold._triton import architecture, call, dtype_name
+
+FOLDED = 4  # arrays that ``fold`` makes of 16 parameters
 
 
 def triangle_multiplication(
@@ -23,8 +26,71 @@ def triangle_multiplication(
     outgoing: bool,
     residual: bool,
 ) -> Tensor:
-    """The update of the pair, with ``residual`` added to it."""
-    return _forward(pair, mask, factor, list(parameters), outgoing, residual)[0]
+    """The update of the pair, with ``residual`` added to it; parameters may be folded already."""
+    folded = list(parameters) if len(parameters) == FOLDED else fold(parameters)
+    return _forward(pair, mask, factor, folded, outgoing, residual)[0]
+
+
+# Norms as a part of weights -----------------------------------------------------------------------
+
+
+def fold(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Weights [l c w] and bias [l w] of the projections, those of the output; or all without l."""
+    return _fold(list(parameters))
+
+
+def _layers(parameters: Sequence[Tensor]) -> tuple[tuple[int, ...], int, int]:
+    """The leading axis, if there is one; channels of pairs and of the product."""
+    *layers, c, h = parameters[2].shape
+    return tuple(layers), c, h
+
+
+@torch.library.custom_op("twinfold::triangle_fold", mutates_args=())
+def _fold(parameters: Sequence[Tensor]) -> list[Tensor]:
+    layers, c, h = _layers(parameters)
+    launch = triangle_fold.forward(math.prod(layers), c, h, dtype_name(parameters[0]))
+    return [x.view(*layers, *x.shape[1:]) for x in call(launch, *parameters)]
+
+
+@_fold.register_fake
+def _(parameters: Sequence[Tensor]) -> list[Tensor]:
+    layers, c, h = _layers(parameters)
+    like = parameters[0]
+    return [
+        like.new_empty((*layers, c, 4 * h + c)),
+        like.new_empty((*layers, 4 * h + c), dtype=torch.float32),
+        like.new_empty((*layers, h, c)),
+        like.new_empty((*layers, c), dtype=torch.float32),
+    ]
+
+
+@torch.library.custom_op("twinfold::triangle_fold_backward", mutates_args=())
+def _fold_backward(grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients by all parameters, of which those but biases are given."""
+    layers, c, h = _layers(parameters)
+    launch = triangle_fold.backward(math.prod(layers), c, h, dtype_name(parameters[0]))
+    return [x.view(*layers, *x.shape[1:]) for x in call(launch, *grads, *parameters)]
+
+
+@_fold_backward.register_fake
+def _(grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    layers, c, h = _layers(parameters)
+    launch = triangle_fold.backward(math.prod(layers), c, h, dtype_name(parameters[0]))
+    return [parameters[0].new_empty((*layers, *x.shape[1:])) for x in launch.outputs]
+
+
+def _save_fold(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*(inputs[0][i] for i in triangle_fold.WITHOUT_BIASES))
+
+
+def _fold_gradients(ctx, grads):  # type: ignore[no-untyped-def]
+    return _fold_backward(grads, ctx.saved_tensors)
+
+
+_fold.register_autograd(_fold_gradients, setup_context=_save_fold)
+
+
+# The multiplication -------------------------------------------------------------------------------
 
 
 def _multiply(left: Tensor, right: Tensor, outgoing: bool) -> Tensor:
@@ -45,17 +111,16 @@ def _forward(
     pair: Tensor,
     mask: Tensor,
     factor: Tensor | None,
-    parameters: Sequence[Tensor],
+    folded: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
 ) -> list[Tensor]:
     """The result; what the backward pass needs besides: left, right, their product [b h i j], 1 /
-    standard deviation of the pair, mean and 1 / standard deviation of the product [b p], folded
-    weights and biases."""
+    standard deviation of the pair, mean and 1 / standard deviation of the product [b p]."""
     b, i, j, c = pair.shape
-    h = parameters[2].shape[1]
+    h = folded[2].shape[0]
     kind = dtype_name(pair), architecture(pair.device)
-    *folded, rstd = call(triangle_fold.forward(b, i * j, c, h, kind[0]), pair, *parameters)
+    (rstd,) = call(triangle_fold.rstd(b, i * j, c, kind[0]), pair)
     launch = triangle.project(b, i * j, c, h, *kind)
     left, right = call(launch, pair, mask.float(), rstd, *folded[:2])
     left, right = left.view(b, h, i, j), right.view(b, h, i, j)
@@ -63,7 +128,7 @@ def _forward(
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)
     inputs = (product, pair, mask if factor is None else factor, rstd, *folded)
     out, *center = call(launch, *inputs)
-    return [out.view(pair.shape), left, right, product, rstd, *center, *folded]
+    return [out.view(pair.shape), left, right, product, rstd, *center]
 
 
 @_forward.register_fake
@@ -71,21 +136,15 @@ def _(
     pair: Tensor,
     mask: Tensor,
     factor: Tensor | None,
-    parameters: Sequence[Tensor],
+    folded: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
 ) -> list[Tensor]:
     b, i, j, c = pair.shape
-    h = parameters[2].shape[1]
+    h = folded[2].shape[0]
     inner = [pair.new_empty((b, h, i, j)) for _ in range(3)]
     numbers = [pair.new_empty((b, i * j), dtype=torch.float32) for _ in range(3)]
-    folded = [
-        pair.new_empty((c, 4 * h + c)),
-        pair.new_empty(4 * h + c, dtype=torch.float32),
-        pair.new_empty((h, c)),
-        pair.new_empty(c, dtype=torch.float32),
-    ]
-    return [pair.new_empty(pair.shape), *inner, *numbers, *folded]
+    return [pair.new_empty(pair.shape), *inner, *numbers]
 
 
 @torch.library.custom_op("twinfold::triangle_multiplication_backward", mutates_args=())
@@ -94,15 +153,15 @@ def _backward(
     pair: Tensor,
     mask: Tensor,
     factor: Tensor | None,
-    parameters: Sequence[Tensor],
+    folded: Sequence[Tensor],
     saved: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
 ) -> list[Tensor]:
-    """Gradients by pair; by the weights, in their order; by the vectors, end to end."""
-    left, right, product, rstd, center_mean, center_rstd, *folded = saved
+    """Gradients by pair; by the folded weights; by both biases, end to end."""
+    left, right, product, rstd, center_mean, center_rstd = saved
     b, i, j, c = pair.shape
-    h, n = parameters[2].shape[1], b * i * j
+    h, n = folded[2].shape[0], b * i * j
     kind = dtype_name(pair), architecture(pair.device)
     launch = triangle_output_backward.output(b, (i, j), c, h, *kind, factor is not None)
     inputs = (grad, product, pair, mask if factor is None else factor)
@@ -122,10 +181,10 @@ def _backward(
     launch = triangle_backward.norm(n, c, *kind, residual)
     pair_grad, normal = call(launch, pair, normal_grad, grad)
     moments = normal.T @ projected_grad.T, center @ update_grad
-    totals = sum_columns(sums, rstd), sum_columns(output_sums, rstd)
-    without_biases = [parameters[i] for i in triangle_fold.WITHOUT_BIASES]
-    launch = triangle_fold.backward(c, h, dtype_name(parameters[0]))
-    return [pair_grad.view(pair.shape), *call(launch, *moments, *totals, *without_biases)]
+    (totals,) = call(
+        rows.two_column_sums(sums.shape, output_sums.shape, "float32"), sums, output_sums
+    )
+    return [pair_grad.view(pair.shape), *moments, totals]
 
 
 @_backward.register_fake
@@ -134,32 +193,31 @@ def _(
     pair: Tensor,
     mask: Tensor,
     factor: Tensor | None,
-    parameters: Sequence[Tensor],
+    folded: Sequence[Tensor],
     saved: Sequence[Tensor],
     outgoing: bool,
     residual: bool,
 ) -> list[Tensor]:
-    w = parameters
-    weights = [w[i].new_empty(w[i].shape) for i in triangle_fold.WEIGHTS]
-    size = sum(w[i].shape[0] for i in triangle_fold.VECTORS)
-    return [pair.new_empty(pair.shape), *weights, w[0].new_empty(size)]
+    weights = [folded[i].new_empty(folded[i].shape) for i in (0, 2)]
+    totals = folded[1].new_empty(len(folded[1]) + len(folded[3]))
+    return [pair.new_empty(pair.shape), *weights, totals]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)  # else zeros for what is returned to be saved
-    pair, mask, factor, parameters, ctx.outgoing, ctx.residual = inputs
-    ctx.count = len(parameters)
-    ctx.save_for_backward(pair, mask, factor, *parameters, *output[1:])
+    pair, mask, factor, folded, ctx.outgoing, ctx.residual = inputs
+    ctx.save_for_backward(pair, mask, factor, *folded, *output[1:])
 
 
 def _gradients(ctx, grads):  # type: ignore[no-untyped-def]
     pair, mask, factor, *rest = ctx.saved_tensors
-    parameters, saved = rest[: ctx.count], rest[ctx.count :]
-    pair_grad, *weights, vectors = _backward(
-        grads[0], pair, mask, factor, parameters, saved, ctx.outgoing, ctx.residual
+    folded, saved = rest[:FOLDED], rest[FOLDED:]
+    pair_grad, moments, output_moments, totals = _backward(
+        grads[0], pair, mask, factor, folded, saved, ctx.outgoing, ctx.residual
     )
-    sizes = [parameters[i].shape[0] for i in triangle_fold.VECTORS]
-    return pair_grad, None, None, triangle_fold.in_order(weights, vectors.split(sizes)), None, None
+    bias, output_bias = totals.split((len(folded[1]), len(folded[3])))
+    folded_grads = [moments, bias, output_moments, output_bias]
+    return pair_grad, None, None, folded_grads, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

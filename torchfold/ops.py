@@ -269,7 +269,7 @@ def triangle_multiplication(
     """Update of each edge from the triangles it is part of (Suppl. Alg. 11 and 12).
 
     With ``factor`` the update is multiplied by it (dropout), with ``residual`` added to ``pair``.
-    ``parameters`` are those of TriangleParameters in its order.
+    ``parameters`` are TriangleParameters in order; for kernels also ``projections.FoldedTriangle``.
     """
     if _kernel_runs("triangle_multiplication", implementation, pair):
         from torchfold import _triangle

@@ -20,6 +20,7 @@ from foldcore import dropout as definition
 from torchfold import ops
 from torchfold._masks import MaskPlan, Masks, Rehearsal, Request, kept
 from torchfold._masks import threefry as _threefry
+from torchfold.stack import Deriving
 
 Kind = Literal["linear", "relu", "glorot", "normal", "zeros", "ones", "point_weights"]
 # what a Linear may start from: "final" adds nothing at first, "gating" leaves a gate half open
@@ -64,13 +65,16 @@ class LayerNorm(nn.Module):
         return ops.layer_norm_residual(x, self.scale, self.offset)
 
 
-class Attention(nn.Module):
+class Attention(Deriving):
     """Attention of several heads, gated or not (Suppl. Alg. 7, 8, 13, 14, 17, without the norm)."""
+
+    packed: Float[Tensor, "c n h d"] | None = None
 
     def __init__(
         self, c_q: int, c_kv: int, c_out: int, num_heads: int, c_hidden: int, gating: bool = True
     ):
         super().__init__()
+        self.gating = gating
         self.query_w = parameter((c_q, num_heads, c_hidden), "glorot")
         self.key_w = parameter((c_kv, num_heads, c_hidden), "glorot")
         self.value_w = parameter((c_kv, num_heads, c_hidden), "glorot")
@@ -80,9 +84,14 @@ class Attention(nn.Module):
         self.output_w = parameter((num_heads, c_hidden, c_out), "zeros")
         self.output_b = parameter((c_out,), "zeros")
 
-    def project(self, x: Float[Tensor, "b s r c"]) -> Float[Tensor, "b s r 4 h d"]:
-        """What ``ops.gated_attention`` reads of each position."""
-        packed = torch.stack((self.query_w, self.gating_w, self.key_w, self.value_w), dim=1)
+    def derive(self) -> dict[str, Tensor]:
+        """Weights of all that is projected from one input, side by side."""
+        first = (self.query_w, self.gating_w) if self.gating else ()
+        return {"packed": torch.stack((*first, self.key_w, self.value_w), dim=-3)}
+
+    def project(self, x: Float[Tensor, "*batch c"]) -> Float[Tensor, "*batch n h d"]:
+        """What ``ops.gated_attention`` reads of each position; without a gate, key and value."""
+        packed = self.derive()["packed"] if self.packed is None else self.packed
         return (x @ packed.flatten(1)).unflatten(-1, packed.shape[1:])
 
     def within(
@@ -113,10 +122,9 @@ class Attention(nn.Module):
         mask: Float[Tensor, "b t"],
     ) -> Float[Tensor, "b i j c_z"]:
         """From each pair to the same pair of every template, without a gate (Suppl. Alg. 17)."""
-        packed = torch.stack((self.key_w, self.value_w), dim=1)
         query = (pair @ self.query_w.flatten(1)).unflatten(-1, self.query_w.shape[1:])
-        projected = (embedded @ packed.flatten(1)).unflatten(-1, packed.shape[1:])
-        gathered = ops.template_attention(query, projected, mask, scale=query.shape[-1] ** -0.5)
+        projected, scale = self.project(embedded), query.shape[-1] ** -0.5
+        gathered = ops.template_attention(query, projected, mask, scale=scale)
         return _project(gathered, self.output_w, self.output_b, pair, None, False)
 
 
@@ -134,8 +142,10 @@ def _project(
     return ops.linear_update(base, *flat, bias, factor, residual=residual, transposed=transposed)
 
 
-class GlobalAttention(nn.Module):
+class GlobalAttention(Deriving):
     """Attention whose query is the mean of a group, with one shared key head (Suppl. Alg. 19)."""
+
+    packed: Float[Tensor, "c n"] | None = None
 
     def __init__(self, c: int, num_heads: int, c_hidden: int):
         super().__init__()
@@ -147,6 +157,10 @@ class GlobalAttention(nn.Module):
         self.output_w = parameter((num_heads, c_hidden, c), "zeros")
         self.output_b = parameter((c,), "zeros")
 
+    def derive(self) -> dict[str, Tensor]:
+        """Weights of key, value and gates side by side."""
+        return {"packed": torch.cat((self.key_w, self.value_w, self.gating_w.flatten(-2)), dim=-1)}
+
     def forward(
         self,
         x: Float[Tensor, "b s r c"],
@@ -156,8 +170,8 @@ class GlobalAttention(nn.Module):
         residual: bool = False,
     ) -> Float[Tensor, "b s r c"]:
         """Along the rows (axis 2) or the columns (axis 1), an update of ``base`` or added to it."""
-        weights = torch.cat((self.key_w, self.value_w, self.gating_w.flatten(1)), dim=1)
-        projected, mean = ops.project_with_mean(x, mask, weights, axis=axis)
+        packed = self.derive()["packed"] if self.packed is None else self.packed
+        projected, mean = ops.project_with_mean(x, mask, packed, axis=axis)
         query = torch.einsum("bgc,chd->bghd", mean, self.query_w)
         gathered = ops.global_attention(
             query, projected, self.gating_b, mask, axis=axis, scale=query.shape[-1] ** -0.5

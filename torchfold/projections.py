@@ -5,12 +5,37 @@ They return what they normalise as well, for an update to be added to it: so the
 backward pass add the gradients that come around the norm.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from torchfold import ops
+
+
+class FoldedTriangle(NamedTuple):
+    """What kernels of a triangle multiplication take: norms as a part of weights and biases."""
+
+    folded: Float[Tensor, "*l c_z w"]
+    folded_bias: Float[Tensor, "*l w"]
+    output_folded: Float[Tensor, "*l c c_z"]
+    output_folded_bias: Float[Tensor, "*l c_z"]
+
+
+def fold_triangle(
+    *parameters: Float[Tensor, "..."], implementation: str | None = None
+) -> FoldedTriangle | None:
+    """Of TriangleParameters in their order, what ``ops.triangle_multiplication`` takes instead.
+
+    A leading axis may count layers. None for plain operations, which take the parameters.
+    """
+    if not ops._kernel_runs("fold_triangle", implementation, *parameters):
+        return None
+    from torchfold import _triangle
+
+    return FoldedTriangle(*_triangle.fold(parameters))
 
 
 def pair_bias(

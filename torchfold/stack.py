@@ -1,6 +1,7 @@
 """Stacks of equal blocks: parameters with a leading axis of layers, run by one loop.
 
-The axis is DeepMind's: slice l holds the parameters of the l-th block to run.
+The axis is DeepMind's: slice l holds the parameters of the l-th block to run. What modules derive
+from parameters is derived for all layers at once, before the loop.
 """
 
 from collections.abc import Callable
@@ -8,13 +9,24 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 Block = TypeVar("Block", bound=nn.Module)
 Carry = TypeVar("Carry")
 Recompute = Literal["none", "block"]
+
+
+class Deriving(nn.Module):
+    """A module that computes with arrays derived from parameters, such as several of them as one.
+
+    It derives them on the spot, unless attributes of their names, None otherwise, hold them.
+    """
+
+    def derive(self) -> dict[str, Tensor]:
+        """The arrays by name; with a leading axis of layers where parameters have one."""
+        raise NotImplementedError
 
 
 def stack(block: Block, num_blocks: int) -> Block:
@@ -41,7 +53,8 @@ def run(
     parameters, whose gradients PyTorch stacks again.
     """
     del unroll
-    slices = {name: stacked.unbind() for name, stacked in blocks.named_parameters()}
+    stacked = dict(blocks.named_parameters()) | _derive(blocks)
+    slices = {name: layers.unbind() for name, layers in stacked.items()}
     num_blocks = len(next(iter(slices.values())))
 
     def body(carry: Carry, index: int) -> Carry:
@@ -58,6 +71,16 @@ def run(
     return carry
 
 
-def _call(blocks: nn.Module, parameters: dict[str, torch.Tensor], *arguments: Any) -> Any:
+def _derive(blocks: nn.Module) -> dict[str, Tensor]:
+    """What modules derive, by its path."""
+    return {
+        f"{path}.{name}" if path else name: array
+        for path, module in blocks.named_modules()
+        if isinstance(module, Deriving)
+        for name, array in module.derive().items()
+    }
+
+
+def _call(blocks: nn.Module, parameters: dict[str, Tensor], *arguments: Any) -> Any:
     """The module of all blocks as one block with these parameters."""
     return functional_call(blocks, parameters, arguments)

@@ -1,19 +1,26 @@
 """Updates of the pair representation around triangles of residues (Suppl. Alg. 11-15)."""
 
+from collections.abc import Iterator
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchfold import ops, projections
 from torchfold.primitives import Attention, LayerNorm, Linear, parameter
+from torchfold.stack import Deriving
 
 
-class TriangleMultiplication(nn.Module):
+class TriangleMultiplication(Deriving):
     """Edge ij from all edges to a third residue k (Suppl. Alg. 11 and 12).
 
     With ``factor`` the update is multiplied by it, with ``residual`` added to the pair.
     """
 
     outgoing: bool
+    folded: Float[Tensor, "c_z w"] | None = None
+    folded_bias: Float[Tensor, " w"] | None = None
+    output_folded: Float[Tensor, "c_hidden c_z"] | None = None
+    output_folded_bias: Float[Tensor, " c_z"] | None = None
 
     def __init__(self, c_z: int, c_hidden: int):
         super().__init__()
@@ -26,6 +33,21 @@ class TriangleMultiplication(nn.Module):
         self.output_projection = Linear(c_hidden, c_z, init="final")
         self.gating_linear = Linear(c_z, c_z, init="gating")
 
+    def derive(self) -> dict[str, Tensor]:
+        """What kernels take in place of parameters."""
+        folded = projections.fold_triangle(*self._parameters_in_order())
+        return folded._asdict() if folded else {}
+
+    def _parameters_in_order(self) -> Iterator[Tensor]:
+        """As TriangleParameters."""
+        norm, center = self.layer_norm_input, self.center_layer_norm
+        sides = (self.left_projection, self.left_gate, self.right_projection, self.right_gate)
+        for module in (norm, *sides, center, self.output_projection, self.gating_linear):
+            if isinstance(module, LayerNorm):
+                yield from (module.scale, module.offset)
+            else:
+                yield from (module.weights, module.bias)
+
     def forward(
         self,
         pair: Float[Tensor, "b i j c_z"],
@@ -33,27 +55,17 @@ class TriangleMultiplication(nn.Module):
         factor: Float[Tensor, "b 1 j c_z"] | None = None,
         residual: bool = False,
     ) -> Float[Tensor, "b i j c_z"]:
-        projections = (self.left_projection, self.left_gate, self.right_projection, self.right_gate)
+        given = self.folded, self.folded_bias, self.output_folded, self.output_folded_bias
+        folded = [x for x in given if x is not None]
+        parameters = folded or self._parameters_in_order()
         return ops.triangle_multiplication(
             pair,
             pair_mask,
             factor,
-            *_norm(self.layer_norm_input),
-            *(array for linear in projections for array in _linear(linear)),
-            *_norm(self.center_layer_norm),
-            *_linear(self.output_projection),
-            *_linear(self.gating_linear),
+            *parameters,
             outgoing=self.outgoing,
             residual=residual,
         )
-
-
-def _linear(module: Linear) -> tuple[Tensor, Tensor]:
-    return module.weights, module.bias
-
-
-def _norm(module: LayerNorm) -> tuple[Tensor, Tensor]:
-    return module.scale, module.offset
 
 
 class TriangleMultiplicationOutgoing(TriangleMultiplication):

@@ -54,7 +54,7 @@ def triangle_output_backward_kernel(
     dupdate_ptr,  # [n, c]: by the output projection
     slope_ptr,  # [o, n]
     dprojected_ptr,  # [w, n]: by the gate's argument, its last c rows
-    sums_ptr,  # [g, 2 c]: of dupdate, of the gradient by the gate's argument
+    sums_ptr,  # [g, 2 c]: of the gradient by the gate's argument, of dupdate
     B: tl.constexpr,
     I: tl.constexpr,  # noqa: E741, the legend's name
     J: tl.constexpr,
@@ -112,8 +112,8 @@ def triangle_output_backward_kernel(
         store_tile(at, dupdate, left, C - c, row[:, None], some, C, 1, WHOLE)
         at = dprojected_ptr + tl.cast(4 * H + c, tl.int64) * N + first
         store_tile(at, dgate, left, C - c, row[:, None], some, 1, N, WHOLE)
-    store_sums(sums_ptr + c, update_sums, C - c, 2 * C)
-    store_sums(sums_ptr + C + c, gate_sums, C - c, 2 * C)
+    store_sums(sums_ptr + c, gate_sums, C - c, 2 * C)
+    store_sums(sums_ptr + C + c, update_sums, C - c, 2 * C)
 
 
 @triton.jit

@@ -1,0 +1,120 @@
+"""What modules derive from parameters: once for a stack, and with the gradients of each block's own."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import jaxfold.evoformer
+import jaxfold.ops
+import jaxfold.stack
+import torchfold.evoformer
+import torchfold.ops
+import torchfold.stack
+from foldcore.kernels.launch import Launch
+from tests import kernel_checks, test_kernels_jax
+from torchfold import _triton
+
+MSA, PAIR = (1, 4, 5, 16), (1, 5, 5, 8)
+SIZES = {"msa_heads": 2, "msa_head_dim": 8, "pair_heads": 2, "pair_head_dim": 4}
+SIZES |= {"outer_product_hidden": 4, "triangle_hidden": 8, "transition_factor": 2}
+DROPOUT = {"msa_dropout": 0.0, "pair_dropout": 0.0}
+# one for all blocks, of each kind of triangle multiplication
+ONCE = {"triangle_fold_kernel": 2, "triangle_fold_backward_kernel": 2}
+JOINED = ("stack", "cat", "concatenate")
+
+
+def blocks(track: Any, count: int, global_column: bool) -> Any:
+    options: dict[str, Any] = SIZES | DROPOUT | {"global_column_attention": global_column}
+    return track.stack.stack(track.evoformer.EvoformerBlock(16, 8, **options), count)
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def in_torch(count: int, global_column: bool, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Operations of so many blocks and their gradient; launches are noted, not made."""
+    monkeypatch.setattr(torchfold.ops, "_chosen", "triton")
+    noted: list[Any] = []
+    monkeypatch.setattr(_triton, "_noted", noted)
+    stacked = blocks(torchfold, count, global_column)
+    carry = tuple(torch.ones(shape, requires_grad=True) for shape in (MSA, PAIR))
+    masks = [torch.ones(shape[:-1]) for shape in (MSA, PAIR)]
+    with Operations() as operations:
+        out = torchfold.stack.run(stacked, carry, lambda block, x, _: block(*x, *masks))
+        torch.autograd.grad(sum(x.sum() for x in out), [*carry, *stacked.parameters()])
+    return operations.count + Counter(launch.kernel.fn.__name__ for launch, _ in noted)
+
+
+def in_jax(count: int, global_column: bool, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The same of a program with all blocks written out."""
+    monkeypatch.setattr(jaxfold.ops, "_chosen", "triton")
+    test_kernels_jax.replace_calls(monkeypatch, named)
+    graph, state = nnx.split(blocks(jaxfold, count, global_column))
+    carry = tuple(jnp.ones(shape) for shape in (MSA, PAIR))
+    masks = [jnp.ones(shape[:-1]) for shape in (MSA, PAIR)]
+
+    def loss(state: Any, carry: Any) -> jax.Array:
+        call: Any = lambda block, x, _: block(*x, *masks)  # noqa: E731
+        out = jaxfold.stack.run(nnx.merge(graph, state), carry, call, unroll=True)
+        return sum((jnp.sum(x) for x in out), jnp.float32(0))
+
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(state, carry)
+    return Counter(names(program.jaxpr))
+
+
+def named(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+    """Something of the kernel's name."""
+
+    def outputs(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        del inputs
+        return tuple(jnp.zeros(o.shape, o.dtype) for o in launch.outputs)
+
+    outputs.__name__ = launch.kernel.fn.__name__
+    return jax.jit(outputs, inline=False)(*inputs)
+
+
+def names(program: Any) -> Iterator[str]:
+    """Of all operations, and of all functions at each of their calls."""
+    for equation in program.eqns:
+        yield equation.params.get("name", equation.primitive.name)
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from names(inner.jaxpr)
+
+
+def is_program(value: Any) -> bool:
+    return isinstance(value, jax.extend.core.ClosedJaxpr)
+
+
+@pytest.mark.parametrize("global_column", [False, True])
+@pytest.mark.parametrize("count_in", [in_torch, in_jax])
+def test_a_stack_derives_once(
+    count_in: Callable[..., Counter[str]], global_column: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two, three = (count_in(count, global_column, monkeypatch) for count in (2, 3))
+    assert {name: three[name] for name in ONCE} == ONCE
+    more = three - two
+    assert more["triangle_project_kernel"] == 2, "a block more has to be seen"
+    assert not {name: more[name] for name in JOINED if more[name]}
