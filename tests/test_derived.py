@@ -1,28 +1,33 @@
-"""What modules derive from parameters: once for a stack, and with the gradients of each block's own."""
+"""What modules derive from parameters: once for a stack, and no gradient differs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jaxfold.evoformer
 import jaxfold.ops
+import jaxfold.params
 import jaxfold.stack
+import jaxfold.triangle
 import torchfold.evoformer
 import torchfold.ops
+import torchfold.params
 import torchfold.stack
+import torchfold.triangle
 from foldcore.kernels.launch import Launch
-from tests import kernel_checks, test_kernels_jax
+from tests import test_kernels_jax
 from torchfold import _triton
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU itself")
 
 MSA, PAIR = (1, 4, 5, 16), (1, 5, 5, 8)
 SIZES = {"msa_heads": 2, "msa_head_dim": 8, "pair_heads": 2, "pair_head_dim": 4}
@@ -118,3 +123,83 @@ def test_a_stack_derives_once(
     more = three - two
     assert more["triangle_project_kernel"] == 2, "a block more has to be seen"
     assert not {name: more[name] for name in JOINED if more[name]}
+
+
+# Gradients ----------------------------------------------------------------------------------------
+
+KINDS = ("TriangleMultiplicationIncoming", "TriangleAttentionEndingNode")
+ARGUMENTS = {KINDS[0]: (8, 16), KINDS[1]: (8, 2, 4)}
+
+
+def drawn(track: Any, kind: str, dtype: str) -> tuple[Any, np.ndarray]:
+    """Two layers of a module, and pairs."""
+    module = track.stack.stack(getattr(track.triangle, kind)(*ARGUMENTS[kind]), 2)
+    numbers = np.random.default_rng(0)
+    shapes = {name: tuple(x.shape) for name, x in track.params.parameters(module).items()}
+    arrays = {name: numbers.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    track.params.load_parameters(module, arrays)
+    return module, numbers.normal(size=PAIR).astype(dtype)
+
+
+def torch_gradients(kind: str, dtype: str, recompute: Any = "none") -> dict[str, np.ndarray]:
+    """By all parameters; the second layer's result."""
+    module, pair = drawn(torchfold, kind, dtype)
+    mask = torch.ones(PAIR[:-1])
+
+    def call(block: Any, x: torch.Tensor, _: int) -> torch.Tensor:
+        return block(x, mask, None, True)
+
+    out = torchfold.stack.run(module, torch.from_numpy(pair), call, recompute)
+    parameters = torchfold.params.parameters(module)
+    found = torch.autograd.grad(out.square().sum(), list(parameters.values()))
+    named = dict(zip(parameters, found, strict=True))
+    return {name: x.detach().numpy() for name, x in (named | {"result": out}).items()}
+
+
+def jax_gradients(kind: str, dtype: str, recompute: Any = "none") -> dict[str, np.ndarray]:
+    """The same in JAX."""
+    module, pair = drawn(jaxfold, kind, dtype)
+    mask = jnp.ones(PAIR[:-1])
+
+    def loss(module: Any) -> tuple[jax.Array, jax.Array]:
+        call: Any = lambda block, x, _: block(x, mask, None, True)  # noqa: E731
+        out = jaxfold.stack.run(module, jnp.asarray(pair), call, recompute)
+        return jnp.sum(jnp.square(out)), out
+
+    gradient, out = nnx.grad(loss, has_aux=True)(module)
+    leaves = jax.tree.flatten_with_path(gradient)[0]
+    named = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    return named | {"result": np.asarray(out)}
+
+
+@pytest.mark.parametrize(
+    ("track", "implementation", "dtype", "recompute"),
+    [
+        (torchfold, "reference", "float64", "block"),
+        (torchfold, "triton", "float32", "none"),
+        (torchfold, "triton", "float32", "block"),
+        (jaxfold, "reference", "float32", "block"),
+        (jaxfold, "triton", "float32", "none"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_blocks_that_derive_for_themselves(
+    kind: str,
+    track: Any,
+    implementation: str,
+    dtype: str,
+    recompute: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(track.ops, "_chosen", implementation)
+    test_kernels_jax.replace_calls(monkeypatch, test_kernels_jax.call)
+    gradients = jax_gradients if track is jaxfold else torch_gradients
+    found = gradients(kind, dtype, recompute)
+    nothing: Any = (lambda blocks: blocks) if track is jaxfold else (lambda blocks: {})
+    monkeypatch.setattr(track.stack, "_derive", nothing)
+    expected = gradients(kind, dtype)
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        assert np.abs(want).max() > 0, name
+        error = np.linalg.norm(found[name] - want) / np.linalg.norm(want)
+        assert error < 1e-5, f"{name}: {error:.1e} of its norm"

@@ -9,7 +9,7 @@ from torch import Tensor
 from foldcore.kernels import triangle, triangle_fold
 from tests import kernel_checks
 from tests.kernel_checks import DEVICE, normal
-from torchfold import _triton, ops
+from torchfold import _triangle, _triton, ops
 
 CONSTANT = ("pair_mask", "factor")
 
@@ -113,6 +113,30 @@ def test_standard_deviations_far_from_zero(dtype: torch.dtype, tolerance: float)
     for found, rows in ((rstd, pair.double()), (center_rstd, product.double().T)):
         exact = (rows.var(-1, correction=0) + 1e-5).rsqrt()
         torch.testing.assert_close(found[0].double(), exact, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_are_folded_as_each_alone(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [arrays(Case(1, c=24, h=40))[name] for name in ops.TriangleParameters._fields]
+    layers = [[normal(generator, *x.shape).to(DEVICE, dtype) for x in given] for _ in range(3)]
+
+    def folded(parameters: list[Tensor], seeds: list[Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in parameters]
+        found = _triangle.fold(leaves)
+        return [*found, *torch.autograd.grad(found, leaves, seeds)]
+
+    shapes = (24, 184), (184,), (40, 24), (24,)
+    kinds = dtype, torch.float32, dtype, torch.float32
+    seeds = [
+        normal(generator, 3, *shape).to(DEVICE, kind)
+        for shape, kind in zip(shapes, kinds, strict=True)
+    ]
+    together = folded([torch.stack(x) for x in zip(*layers, strict=True)], seeds)
+    for i, parameters in enumerate(layers):
+        alone = folded(parameters, [x[i] for x in seeds])
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[i], theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("outgoing", [True, False])
