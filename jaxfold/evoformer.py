@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxfold import ops, primitives, projections
+from jaxfold._masks import run_with_dropout
 from jaxfold.primitives import (
     Attention,
     DropoutKey,
@@ -17,7 +18,7 @@ from jaxfold.primitives import (
     Transition,
     parameter,
 )
-from jaxfold.stack import Recompute, run, stack
+from jaxfold.stack import Recompute, stack
 from jaxfold.triangle import (
     TriangleAttentionEndingNode,
     TriangleAttentionStartingNode,
@@ -260,11 +261,16 @@ class EvoformerStack(nnx.Module):
     ) -> tuple[Msa, Pair, Float[Array, "b r c_s"]]:
         count = sequence_count(msa_mask)  # the same for all blocks
 
-        def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: Array) -> tuple[Msa, Pair]:
-            key = dropout.enter("evoformer_iteration", index) if dropout else None
+        def call(
+            block: EvoformerBlock, carry: tuple[Msa, Pair], key: DropoutKey | None
+        ) -> tuple[Msa, Pair]:
             return block(*carry, msa_mask, pair_mask, key, count)
 
-        msa, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
+        key = dropout.enter("evoformer_iteration") if dropout else None
+
+        msa, pair = run_with_dropout(
+            self.blocks, (msa, pair), call, key, self.recompute, self.unroll
+        )
         return msa, pair, self.single_activations(msa[:, 0])
 
 
@@ -293,9 +299,12 @@ class ExtraMSAStack(nnx.Module):
     ) -> Float[Array, "b i j c_z"]:
         count = sequence_count(msa_mask)  # the same for all blocks
 
-        def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: Array) -> tuple[Msa, Pair]:
-            key = dropout.enter("extra_msa_stack", index) if dropout else None
+        def call(
+            block: EvoformerBlock, carry: tuple[Msa, Pair], key: DropoutKey | None
+        ) -> tuple[Msa, Pair]:
             return block(*carry, msa_mask, pair_mask, key, count)
 
-        _, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
+        key = dropout.enter("extra_msa_stack") if dropout else None
+
+        _, pair = run_with_dropout(self.blocks, (msa, pair), call, key, self.recompute, self.unroll)
         return pair

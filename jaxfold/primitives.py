@@ -8,7 +8,7 @@ Legend: g groups that attend independently, h heads, d head width.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,7 @@ class DropoutKey:
     recycling: Int[Array, ""] | int = 0
     block: Int[Array, ""] | int = 0
     scope: str = dataclasses.field(default="", metadata={"static": True})
+    _masks: Any = None  # drawn ahead (``_masks.py``)
 
     def enter(self, scope: str, block: Int[Array, ""] | int | None = None) -> "DropoutKey":
         """The key of a part of the model; ``block`` is its position where it is one of a stack."""
@@ -248,7 +249,10 @@ def dropout(
     shape = list(update.shape)
     if shared_axis is not None:
         shape[shared_axis] = 1
-    keep = keep_mask(tuple(shape), rate, key, name)
+    if key._masks is not None:
+        keep = key._masks.factor(f"{key.scope}/{name}", tuple(shape), rate) > 0
+    else:
+        keep = keep_mask(tuple(shape), rate, key, name)
     if shared_axis is not None:  # else XLA draws it again for each element that shares it
         keep = jax.lax.optimization_barrier(keep)
     # JAX would first round the number to a bfloat16 update's precision
@@ -264,6 +268,8 @@ def dropout_factor(
         return None
     shape = list(x.shape)
     shape[shared_axis] = 1
+    if key._masks is not None:
+        return key._masks.factor(f"{key.scope}/{name}", tuple(shape), rate)
     # else XLA draws it again for each element that shares it
     keep = jax.lax.optimization_barrier(keep_mask(tuple(shape), rate, key, name))
     return keep.astype(ops.at_least_float32(x.dtype)) / (1 - rate)

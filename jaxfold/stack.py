@@ -55,17 +55,29 @@ def run(
     out instead of looping: that compiles slower, and what is kept for the backward pass stays where
     it was computed, while a loop copies it to and from arrays that hold all blocks.
     """
-    graphdef, state = nnx.split(_derive(blocks))
-    num_blocks = jax.tree.leaves(state)[0].shape[0]
+    return _run(blocks, carry, lambda b, c, layer: call(b, c, layer[0]), None, recompute, unroll)
 
-    def body(carry: Carry, layer: tuple[Int[Array, ""], Any]) -> tuple[Carry, None]:
-        index, parameters = layer
-        return call(nnx.merge(graphdef, parameters), carry, index), None
+
+def _run(
+    blocks: Block,
+    carry: Carry,
+    call: Callable[[Block, Carry, tuple[Int[Array, ""], Any]], Carry],
+    own: Any = None,
+    recompute: Recompute = "none",
+    unroll: bool = False,
+) -> Carry:
+    """The same with arrays that have a slice for each block: the call gets (index, its slices)."""
+    graphdef, state = nnx.split(_derive(blocks))
+    num_blocks = _layers(blocks)
+
+    def body(carry: Carry, layer: tuple[Int[Array, ""], Any, Any]) -> tuple[Carry, None]:
+        *rest, parameters = layer
+        return call(nnx.merge(graphdef, parameters), carry, tuple(rest)), None
 
     if recompute == "block":
         # in a loop nothing can be merged with its recomputation, so no barrier is needed
         body = jax.checkpoint(body, prevent_cse=unroll)
-    layers = (jnp.arange(num_blocks), state)
+    layers = (jnp.arange(num_blocks), own, state)
     if not unroll:
         return jax.lax.scan(body, carry, layers)[0]
 
@@ -86,6 +98,11 @@ def _derive(blocks: Block) -> Block:
             for name, array in module.derive().items():
                 setattr(module, name, nnx.Variable(array))
     return blocks
+
+
+def _layers(blocks: nnx.Module) -> int:
+    """How many blocks a stack has."""
+    return int(jax.tree.leaves(nnx.split(blocks)[1])[0].shape[0])
 
 
 def _split(layers: Any, num_blocks: int) -> Iterator[Any]:

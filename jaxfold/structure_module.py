@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxfold import ops
+from jaxfold._masks import draw_ahead, key_of
 from jaxfold.ops import at_least_float32
 from jaxfold.primitives import DropoutKey, LayerNorm, Linear, parameter
 from jaxfold.primitives import dropout as drop
@@ -97,12 +98,11 @@ class StructureModule(nnx.Module):
         """Activations, quaternions and translations (angstrom) after every iteration."""
         shared = self.fold_iteration.invariant_point_attention.prepare(pair, seq_mask)
 
-        def iterate(carry: tuple[Array, ...], iteration: Array) -> tuple[Any, Any]:
+        def iterate(carry: tuple[Array, ...], key: DropoutKey | None) -> tuple[Any, Any]:
             single, quaternion, translation = carry
             # no gradient through the chain of rotations: it makes training unstable
             quaternion = jax.lax.stop_gradient(quaternion)
             frames = Rigid(quaternion_to_rotation(quaternion), translation)
-            key = dropout and dropout.enter("fold_iteration", iteration)
             single, update = self.fold_iteration(single, shared, frames, key)
             quaternion, translation = backbone_update(quaternion, translation, update)
             carry = single, quaternion, translation
@@ -110,8 +110,12 @@ class StructureModule(nnx.Module):
 
         start = jnp.zeros((*initial.shape[:2], 7), initial.dtype).at[..., 0].set(1)
         carry = self.initial_projection(initial), start[..., :4], start[..., 4:]
+        stack = dropout and dropout.enter("fold_iteration")
+        factors = draw_ahead(stack, self.num_iterations, lambda key: iterate(carry, key))
         _, (singles, quaternions, translations) = jax.lax.scan(
-            iterate, carry, jnp.arange(self.num_iterations)
+            lambda carry, layer: iterate(carry, key_of(stack, layer)),
+            carry,
+            (jnp.arange(self.num_iterations), factors),
         )
         return singles, quaternions, translations * POSITION_SCALE
 

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from foldcore import constants
 from jaxfold import primitives
+from jaxfold._masks import run_with_dropout
 from jaxfold.embedders import TEMPLATE_CLASSES, distance_bins
 from jaxfold.primitives import Attention, DropoutKey, LayerNorm, Linear, Transition
-from jaxfold.stack import Recompute, run, stack
+from jaxfold.stack import Recompute, stack
 from jaxfold.triangle import (
     TriangleAttentionEndingNode,
     TriangleAttentionStartingNode,
@@ -97,11 +98,11 @@ class TemplatePairStack(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Array, "b i j c_t"]:
-        def call(block: TemplatePairBlock, pair: Array, index: Array) -> Array:
-            key = dropout.enter("template_pair_stack", index) if dropout else None
+        def call(block: TemplatePairBlock, pair: Array, key: DropoutKey | None) -> Array:
             return block(pair, pair_mask, key)
 
-        return run(self.blocks, pair, call, self.recompute, self.unroll)
+        key = dropout.enter("template_pair_stack") if dropout else None
+        return run_with_dropout(self.blocks, pair, call, key, self.recompute, self.unroll)
 
 
 class SingleTemplateEmbedding(nnx.Module):
