@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from foldcore.config import Config
+from torchfold import _compiled, ops
 from torchfold._arrays import map_tree
 from torchfold.model import RESAMPLED, Recycled
 from torchfold.ops import UnsupportedOp
@@ -99,6 +100,8 @@ class GraphedStep:
         self._addresses = [buffer.data_ptr() for buffer in parts.state]
         start = time.perf_counter()
         parts.load(batch)
+        self._compile_kernels()
+        parts.load(batch)
         self._warm_up()
         self.compile_seconds = time.perf_counter() - start
         start = time.perf_counter()
@@ -122,6 +125,21 @@ class GraphedStep:
         metrics = self._parts.finish(self._parts.state)
         self._names = list(metrics)
         return torch.stack([value.to(torch.float64) for value in metrics.values()])
+
+    def _compile_kernels(self) -> None:
+        """All kernels of both parts side by side: met one after another they take a minute."""
+        if ops._chosen != "triton":
+            return
+        from torchfold._triton import compile_ahead
+
+        def both() -> None:
+            state = map_tree(torch.clone, self._parts.state)
+            self._parts.one_pass(state)
+            self._parts.finish(state)
+
+        with _compiled.paused():  # pieces are compiled when they run
+            compile_ahead(both)
+        _release()
 
     def _warm_up(self) -> None:
         """Compile, load kernels and fill tables; then once more, where nothing may be waited for.
