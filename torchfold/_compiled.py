@@ -25,8 +25,12 @@ def enable(what: str) -> None:
     _enabled = what
     if what != "none":  # a piece has a version for each use: with or without gradient, dropout, ...
         import torch._dynamo  # slow to import, and only needed here
+        import torch._inductor.config
 
         torch._dynamo.config.recompile_limit = VERSIONS
+        # one launch size for each kernel: to time several takes a third of the time to compile, has
+        # saved nothing, and lets results differ from one process to the next
+        torch._inductor.config.deterministic = True
 
 
 @contextmanager
