@@ -284,7 +284,7 @@ def test_a_step_that_is_not_finite_is_left_out() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["none", "blocks"])
+@pytest.mark.parametrize("compiled", ["none", "structure", "blocks"])
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_graphs_make_the_step(recompute: str, compiled: str) -> None:
     config = toy_config(recompute=recompute, matmul_precision="ieee")
