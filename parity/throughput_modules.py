@@ -1,7 +1,8 @@
 """The modules of a training step, each with inputs of the configuration's sizes.
 
 Between them they make up a pass but for small change: casts of parameters, dropout masks, a few
-additions. Every module is called as its parent calls it: with its residual and a factor of dropout.
+additions. Every module is called as its parent calls it: with its residual and a factor of dropout,
+and in a block of a stack with what the stack has derived from parameters, which is a row by itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ STRUCTURE = (
     *("sidechain_frames_rotation", "sidechain_frames_translation"),
     *("final_atom14_positions", "final_atom37_positions"),
 )
+UNREAD = ("gating_b", "output_w", "output_b")  # by what is derived from attention's parameters
 LABELS = ("true_msa", "bert_mask")  # the loss looks for the slot of the last pass in these
 TRIANGLES = {
     "triangle multiplication outgoing": "pair_factor",
@@ -50,6 +52,7 @@ class Part:
     operations: float
     module: Module
     every_pass: bool = True  # otherwise only the one with a gradient
+    in_stack: bool = False  # part of its blocks, with weights that are derived for all of them
 
     def calls_in(self, passes: int) -> int:
         """How often it is called by so many passes."""
@@ -60,7 +63,8 @@ def parts(config: Config) -> list[Part]:
     """All modules; the costly ones first."""
     m, data = config.model, config.data
     templates = [*_templates(m, data.num_templates, data.crop_size)] if _count(config) else []
-    return [*_block(config), *_extra_block(config), *templates, *_around(config)]
+    derived = [_derived(config, extra) for extra in (False, True)]
+    return [*_block(config), *_extra_block(config), *derived, *templates, *_around(config)]
 
 
 def _count(config: Config) -> int:
@@ -206,12 +210,17 @@ def _block(config: Config) -> list[Part]:
     ]
     both = m.evoformer_blocks + m.extra_msa_blocks
     pairs = [
-        Part(name, both, cost[" ".join(name.split()[:2])] / 2, _triangle(config, name))
+        Part(
+            name, both, cost[" ".join(name.split()[:2])] / 2, _triangle(config, name), in_stack=True
+        )
         for name in TRIANGLES
     ]
     last = _of_block(config, "pair_transition", ("pair",))
     return [
-        *(Part(name, m.evoformer_blocks, cost[name], module) for name, module in found),
+        *(
+            Part(name, m.evoformer_blocks, cost[name], module, in_stack=True)
+            for name, module in found
+        ),
         *pairs,
         Part("pair transition", both, cost["pair transition"], last),
     ]
@@ -234,9 +243,35 @@ def _extra_block(config: Config) -> list[Part]:
         "outer product mean": _outer_product_mean(config, "extra", mask),
     }
     return [
-        Part(f"extra {name}", m.extra_msa_blocks, cost[name], module)
+        Part(f"extra {name}", m.extra_msa_blocks, cost[name], module, in_stack=True)
         for name, module in found.items()
     ]
+
+
+def _derived(config: Config, extra: bool) -> Part:
+    """What a stack derives from the parameters of all its blocks."""
+    m = config.model
+
+    def build(track: Track) -> Named:
+        block = track.model._evoformer_block(m, extra)
+        column = "msa_column_global_attention" if extra else "msa_column_attention"
+        rows, triangles = "msa_row_attention_with_pair_bias", "triangle_attention"
+        found = {}
+        for path in (rows, column, f"{triangles}_starting_node", f"{triangles}_ending_node"):
+            found[path] = getattr(block, path).attention
+            for name in UNREAD + (("query_w",) if path == column and extra else ()):
+                delattr(found[path], name)
+        for path in ("triangle_multiplication_outgoing", "triangle_multiplication_incoming"):
+            found[path] = getattr(block, path)
+        blocks = m.extra_msa_blocks if extra else m.evoformer_blocks
+        return {name: track.stack.stack(module, blocks) for name, module in found.items()}
+
+    def call(track: Track, m: Any, x: Named) -> Named:
+        del track, x
+        return {name: module.derive() for name, module in vars(m).items()}
+
+    name = "extra weights derived" if extra else "weights derived"
+    return Part(name, 1, 0.0, _module(build, call))
 
 
 def _templates(c: ModelConfig, t: int, r: int) -> list[Part]:

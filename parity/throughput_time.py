@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 from torch import Tensor
 
 from foldcore.config import Config
+from parity import derived
 from parity.case import Setting
 from parity.module_run import Module, _load_in_jax, _load_in_torch, abstract, is_float
 from parity.throughput_modules import NARROW, Part, draw_parameters, make_inputs, parts
@@ -86,7 +86,7 @@ class _InTorch:
         return partial(self._times, part)
 
     def _times(self, part: Part) -> Milliseconds:
-        forward, both = self._functions(part.module, draw_parameters(part))
+        forward, both = self._functions(part, draw_parameters(part))
         times = torch_ms(forward), torch_ms(both)
         del forward, both
         gc.collect()
@@ -94,13 +94,15 @@ class _InTorch:
         return times
 
     def _functions(
-        self, module: Module, parameters: Arrays
+        self, part: Part, parameters: Arrays
     ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        modules = abstract(TORCH, module)
+        module, modules = part.module, abstract(TORCH, part.module)
         dtypes = module.dtypes(self._setting, parameters, {})
         own = _load_in_torch(modules, cast(TORCH, dtypes, parameters, self._device), self._device)
-        derived = {name: self._inputs[name].detach().requires_grad_() for name in module.derive}
-        leaves, x = [*own.values(), *derived.values()], self._inputs | derived
+        if part.in_stack:
+            own = derived.give_in_torch(modules)
+        given = {name: self._inputs[name].detach().requires_grad_() for name in module.derive}
+        leaves, x = [*own.values(), *given.values()], self._inputs | given
 
         def call() -> list[Tensor]:
             return [o for o in flatten(module.call(TORCH, modules, x)).values() if is_float(o)]
@@ -170,13 +172,16 @@ class _InJax:
         own = cast(JAX, module.dtypes(self._setting, parameters, {}), parameters, "")
         shapes, asked = ask(module, own, x)
         gradients = {name: jnp.ones(o.shape, o.dtype) for name, o in shapes.items()}
+        if part.in_stack:
+            own = jax.jit(derived.InJax(module).arrays)(own)
         rest = {name: x[name] for name in asked if name not in module.derive}
         sets = [{name: x[name] + 0 for name in module.derive} for _ in range(SETS)]
         # what a step calls often is called several times by a program: starting one takes a while
         count = SETS if part.calls > 1 else 1
         groups = [tuple(sets[i : i + count]) for i in range(0, SETS, count)]
         calls = [(own, rest, group, gradients) for group in groups] * (QUEUED * count // SETS or 1)
-        lowered = [jax.jit(function).lower(*calls[0]) for function in jax_functions(module)]
+        functions = jax_functions(part)
+        lowered = [jax.jit(function).lower(*calls[0]) for function in functions]
         compiled = [self._compilers.submit(one.compile, self._options) for one in lowered]
 
         def times() -> Milliseconds:
@@ -186,27 +191,34 @@ class _InJax:
         return times
 
 
-def jax_functions(module: Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward passes of several inputs, and the same with their gradients."""
-    graph, state = nnx.split(abstract(JAX, module))
+def jax_functions(part: Part) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward passes of several inputs, and the same with their gradients.
 
-    def one(parameters: Named, rest: Named, derived: Named) -> Named:
-        modules = nnx.merge(graph, state)
-        _load_in_jax(modules, parameters)
-        outputs = flatten(module.call(JAX, modules, {**derived, **rest}))
+    Parameters are given by name; in a stack, what ``derived.InJax`` makes of them.
+    """
+    load = derived.InJax(part.module).modules if part.in_stack else partial(_loaded, part.module)
+
+    def one(parameters: Any, rest: Named, given: Named) -> Named:
+        outputs = flatten(part.module.call(JAX, load(parameters), {**given, **rest}))
         return {name: o for name, o in outputs.items() if is_float(o)}
 
-    def forward(parameters: Named, rest: Named, inputs: tuple[Named, ...], _: Named) -> Any:
-        return [one(parameters, rest, derived) for derived in inputs]
+    def forward(parameters: Any, rest: Named, inputs: tuple[Named, ...], _: Named) -> Any:
+        return [one(parameters, rest, given) for given in inputs]
 
-    def both(parameters: Named, rest: Named, inputs: tuple[Named, ...], gradients: Named) -> Any:
+    def both(parameters: Any, rest: Named, inputs: tuple[Named, ...], gradients: Named) -> Any:
         found = []
-        for derived in inputs:
-            outputs, backward = jax.vjp(lambda p, d: one(p, rest, d), parameters, derived)
+        for given in inputs:
+            outputs, backward = jax.vjp(lambda p, d: one(p, rest, d), parameters, given)
             found.append((outputs, backward(gradients)))
         return found
 
     return forward, both
+
+
+def _loaded(module: Module, parameters: Named) -> Named:
+    modules = abstract(JAX, module)
+    _load_in_jax(modules, parameters)
+    return modules
 
 
 def _update_in_jax(config: Config) -> Milliseconds:

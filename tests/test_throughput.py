@@ -25,6 +25,7 @@ from parity import (
     throughput_tables,
     throughput_time,
 )
+from parity.derived import InJax
 from parity.throughput_trace import (
     MARK,
     Span,
@@ -144,17 +145,31 @@ def test_both_tracks_time_the_same_computation() -> None:
     name = "extra MSA row attention"
     part = next(p for p in throughput_modules.parts(config) if p.name == name)
     parameters = throughput_modules.draw_parameters(part)
-    forward, both = throughput_time._InTorch(config, inputs)._functions(part.module, parameters)
+    forward, both = throughput_time._InTorch(config, inputs)._functions(part, parameters)
     gradients = both()
-    assert len(gradients) == len(parameters) + 2  # those of the MSA and of the pair as well
+    # one for four weights; those of the MSA and of the pair as well
+    assert len(gradients) == len(parameters) - 3 + 2
     assert all(x is not None and x.abs().sum() > 0 for x in gradients)
 
     own, x = ({n: jnp.asarray(v) for n, v in arrays.items()} for arrays in (parameters, inputs))
     derived = {n: x.pop(n) for n in part.module.derive}
-    in_jax, _ = throughput_time.jax_functions(part.module)
-    (outputs,) = in_jax(own, x, (derived,), {})
+    in_jax, both_in_jax = throughput_time.jax_functions(part)
+    arrays = InJax(part.module).arrays(own)
+    (outputs,) = in_jax(arrays, x, (derived,), {})
     found = forward()[0].numpy()
     np.testing.assert_allclose(outputs["extra"], found, rtol=1e-3, atol=1e-4)
+    ((_, (by_arrays, _)),) = both_in_jax(arrays, x, (derived,), {"extra": outputs["extra"]})
+    assert len(by_arrays) == len(parameters) - 3
+    assert all(jnp.any(x) for x in by_arrays)
+
+
+@pytest.mark.parametrize("track", throughput.TRACKS)
+def test_what_stacks_derive_is_timed(track: str) -> None:
+    config = load(TINY, [])
+    found = throughput_time.module_times(track, config, random_batch(config), "weights derived")
+    names = {row["module"]: row for row in found}
+    assert names.keys() == {"weights derived", "extra weights derived"}
+    assert all(row.get("forward_ms", 0) > 0 for row in names.values()), names
 
 
 # The profile --------------------------------------------------------------------------------------
