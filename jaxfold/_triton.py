@@ -26,6 +26,7 @@ _importing = threading.Lock()
 
 def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
     """Run a kernel; the outputs are new arrays, also those that take the place of inputs."""
+    capability = architecture()  # says what is missing where no kernel can run
     shapes = tuple(jax.ShapeDtypeStruct(o.shape, np.dtype(o.dtype)) for o in launch.outputs)
     # a Python float would arrive in the kernel as float64
     scalars = [np.float32(x) if isinstance(x, float) else x for x in launch.scalars]
@@ -40,7 +41,7 @@ def call(launch: Launch, *inputs: Array) -> tuple[Array, ...]:
         grid=launch.grid,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        compute_capability=architecture(),
+        compute_capability=capability,
         input_output_aliases=dict(launch.in_place),
         **launch.constants,
     )

@@ -90,7 +90,7 @@ def _run(
     return carry
 
 
-def _derive(blocks: Block) -> Block:
+def _derive(blocks: Any) -> Any:
     """The same with what its modules derive."""
     blocks = nnx.merge(*nnx.split(blocks))
     for _, module in list(nnx.iter_graph(blocks)):

@@ -1,7 +1,9 @@
 """Benchmarks of whole modules: LayerNorm, projections, the operation, output, dropout, residual.
 
 They are the parts of the throughput report at the shapes of ``initial_training``, called as their
-parents call them, but for the outer product mean, whose update stays alone.
+parents call them, but for the outer product mean, whose update stays alone. Ours are timed as in a
+step, with the weights that a stack derives from the parameters of all its blocks at once (what that
+takes is a row of the throughput report); others, and errors, with the parameters.
 """
 
 import functools
@@ -12,18 +14,20 @@ from typing import Any
 
 import torch
 from flax import nnx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import torchfold.params
 from foldcore.config import Config
 from parity import peers
-from parity.benchmark import Benchmark, Version
+from parity.benchmark import Benchmark, Timed, Version
+from parity.derived import InJax, in_torch
 from parity.module_run import _load_in_jax, abstract
 from parity.throughput import read_config
 from parity.throughput_modules import TRIANGLES, Part, draw_parameters, parts, shapes
 from parity.tracks import JAX, TORCH, using
 from torchfold.ops import TriangleParameters
+from torchfold.stack import Deriving
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # what a module takes; the first of these is what its update is added to
@@ -101,7 +105,23 @@ class _Whole:
             differentiable=(*self.parameters, *given),
             operations=(self.part.operations, 2 * self.part.operations),
             best=BEST.get(self.part.name),
+            timed=self.timed() if self.derives else {},
         )
+
+    @property
+    def derives(self) -> bool:
+        (module,) = abstract(TORCH, self.part.module).values()
+        return any(isinstance(part, Deriving) for part in module.modules())
+
+    def timed(self, implementation: str = "triton") -> dict[str, Timed]:
+        """Ours with weights that a stack has derived."""
+        both = ("triton, torch", TORCH, _TorchInStack), ("triton, JAX", JAX, _JaxInStack)
+        found = {}
+        for name, track, make in both:
+            module: Any = make(self)
+            steps = (using(track, implementation, f) for f in (module.arrays, module.version))
+            found[name] = Timed(*steps)
+        return found
 
     def draw(self) -> dict[str, Tensor]:
         """Parameters and activations in bfloat16; masks and factors in float32."""
@@ -119,16 +139,19 @@ class _Whole:
     ) -> Version:
         """``around`` turns the function of plain operations into another."""
         (module,) = abstract(TORCH, self.part.module).values()
-        paths = {id(x): path for path, x in module.named_parameters()}
-        own = {name: paths[id(x)] for name, x in torchfold.params.parameters(module).items()}
-        places = [own[name.removeprefix("module: ")] for name in self.parameters]
-        options = self.options
+        places, options = self.places(module), self.options
 
         def run(*arrays: Tensor) -> Tensor:
             values = dict(zip(places, arrays, strict=False))
             return functional_call(module, values, arrays[len(places) :], options)
 
         return using(TORCH, implementation, around(run))
+
+    def places(self, module: nn.Module) -> list[str]:
+        """PyTorch's paths of the parameters, in order."""
+        paths = {id(x): path for path, x in module.named_parameters()}
+        own = {name: paths[id(x)] for name, x in torchfold.params.parameters(module).items()}
+        return [own[name.removeprefix("module: ")] for name in self.parameters]
 
     def in_jax(self, implementation: str) -> Version:
         graph, state = nnx.split(abstract(JAX, self.part.module))
@@ -151,6 +174,48 @@ class _Whole:
             return update(*arrays[len(parameters) :], SimpleNamespace(**own))
 
         return run
+
+
+class _TorchInStack:
+    """A module of PyTorch as a function of what it derives, and of its inputs."""
+
+    def __init__(self, whole: _Whole) -> None:
+        self._whole = whole
+        (self._module,) = abstract(TORCH, whole.part.module).values()
+        self._paths: list[str] = []
+
+    def arrays(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        whole = self._whole
+        places = zip(whole.places(self._module), whole.parameters, strict=True)
+        found = in_torch(self._module, {place: arrays[name] for place, name in places})
+        self._paths = list(found)
+        return found | {name: arrays[name] for name in whole.takes}
+
+    def version(self, *arrays: Tensor) -> Tensor:
+        values, count = dict(zip(self._paths, arrays, strict=False)), len(self._paths)
+        return functional_call(self._module, values, arrays[count:], self._whole.options)
+
+
+class _JaxInStack:
+    """The same of JAX."""
+
+    def __init__(self, whole: _Whole) -> None:
+        self._whole = whole
+
+    @functools.cached_property
+    def _modules(self) -> InJax:
+        return InJax(self._whole.part.module)
+
+    def arrays(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        own = {name: arrays[name] for name in self._whole.parameters}
+        found = self._modules.arrays(own)
+        inputs = {name: arrays[name] for name in self._whole.takes}
+        return {f"array {i}": x for i, x in enumerate(found)} | inputs
+
+    def version(self, *arrays: Any) -> Any:
+        count = len(arrays) - len(self._whole.takes)
+        (module,) = self._modules.modules(list(arrays[:count])).values()
+        return module(*arrays[count:], **self._whole.options)
 
 
 _MODULES = {

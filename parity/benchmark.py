@@ -1,9 +1,9 @@
 """One operation at one shape: who can run it, how fast, and how exactly."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -27,13 +27,37 @@ ZERO = 1e-12  # of the largest norm: no more than rounding in float64
 
 
 @dataclass(frozen=True)
+class Timed:
+    """A version as it is timed: of arrays that are made of a benchmark's before.
+
+    Gradients are taken by arrays that have new names, and by those they are taken by anyway.
+    """
+
+    arrays: Callable[[dict[str, Any]], dict[str, Any]]
+    version: Version
+
+    def make(self, names: Sequence[str]) -> tuple[Callable[..., list[Any]], list[str]]:
+        """``arrays`` as a function of values in this order; the names of what it makes, as soon as
+        it is traced."""
+        made: list[str] = []
+
+        def make(*values: Any) -> list[Any]:
+            found = self.arrays(dict(zip(names, values, strict=True)))
+            made[:] = found
+            return list(found.values())
+
+        return make, made
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """Versions of an operation, functions of the arrays that ``draw`` makes, in their order.
 
     ``operations`` counts the matrix products of the forward and of the backward pass, a
     multiplication and an addition as two. ``best`` holds the shortest times known of others, in
     milliseconds on an H200: forward, and with the gradient. Of arrays that are ``replaced`` the
-    results take the place. Without ``differentiable`` arrays there is no backward pass.
+    results take the place. Without ``differentiable`` arrays there is no backward pass. Versions
+    may be ``timed`` otherwise than they are compared with the reference.
     """
 
     op: str
@@ -46,6 +70,7 @@ class Benchmark:
     operations: tuple[float, float] = (0, 0)
     best: tuple[float, float] | None = None
     replaced: tuple[str, ...] = ()
+    timed: Mapping[str, Timed] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -115,7 +140,7 @@ class _Run:
         chosen, versions = list(names), self._benchmark.jax_versions
         with ThreadPoolExecutor(COMPILERS) as pool:
             # each version sets for itself which operations are traced: one after another
-            lowered = {n: _try(self._lower, versions[n]) for n in chosen if n in versions}
+            lowered = {n: _try(self._lower, n) for n in chosen if n in versions}
             started = {
                 name: [pool.submit(program.compile) for program in programs]
                 for name, programs in lowered.items()
@@ -134,23 +159,33 @@ class _Run:
 
     def torch_row(self, name: str) -> Row:
         """Errors and times of a version in PyTorch."""
-        version, grad = self._benchmark.versions[name], self._grad
-        arrays = self._own()
+        version, arrays = self._benchmark.versions[name], self._own()
+        found: Row = {"errors": self._errors(self._results(version))}
+        if timed := self._benchmark.timed.get(name):
+            version, arrays = timed.version, timed.arrays(arrays)
 
         def forward() -> None:
             with torch.no_grad():
                 version(*arrays.values())
 
-        found = {"errors": self._errors(self._results(version)), "forward_ms": graph_ms(forward)}
-        if grad is not None:
-            found["both_ms"] = graph_ms(lambda: self._results(version))
+        found["forward_ms"] = graph_ms(forward)
+        if self._grad is not None:
+            wanted = self._wanted(arrays)
+            found["both_ms"] = graph_ms(lambda: self._gradients(version, arrays, wanted))
         return found
+
+    def _wanted(self, names: Iterable[str]) -> list[str]:
+        """Of these arrays, those by which gradients are taken."""
+        constant = self.arrays.keys() - set(self._benchmark.differentiable)
+        return [name for name in names if name not in constant]
 
     def jax_row(self, name: str) -> Row:
         """Errors and times of a version in JAX."""
         if name in self._refused:
             raise self._refused[name]
         forward, *both = (future.result() for future in self._programs[name])
+        if timed := self._benchmark.timed.get(name):
+            return self._timed_in_jax(timed, forward, *both)
         arrays = [to_numpy(x) for x in self.arrays.values()]
         grad = [] if self._grad is None else [to_numpy(self._grad)]
         sets = [tuple(jax.device_put(x) for x in (*grad, *arrays)) for _ in range(SETS)]
@@ -161,6 +196,19 @@ class _Run:
         first, *_ = both[0](*sets) if both else forward(*given)
         found = {"errors": self._errors_of(first), "forward_ms": _device_ms(forward, given)}
         return found | ({"both_ms": _device_ms(both[0], sets)} if both else {})
+
+    def _timed_in_jax(self, timed: Timed, forward: Any, both: Any, compared: Any) -> Row:
+        """The last program is of the arrays as they are."""
+        assert self._grad is not None
+        grad, *arrays = (jax.device_put(to_numpy(x)) for x in (self._grad, *self.arrays.values()))
+        (found,) = compared((grad, *arrays))
+        made = jax.jit(timed.make(list(self.arrays))[0])(*arrays)
+        sets = [(grad, *(x + 0 for x in made)) for _ in range(SETS)]
+        return {
+            "errors": self._errors_of(found),
+            "forward_ms": _device_ms(forward, [given[1:] for given in sets]),
+            "both_ms": _device_ms(both, sets),
+        }
 
     def _errors_of(self, results: Any) -> dict[str, float]:
         return self._errors(self._named([_to_torch(x) for x in jax.tree.leaves(results)]))
@@ -192,18 +240,22 @@ class _Run:
         for name, x in arrays.items():
             if dtype and x.is_floating_point():
                 arrays[name] = x.to(dtype)
-        wanted = self._benchmark.differentiable
-        for name in wanted:
-            arrays[name] = arrays[name].detach().requires_grad_()
-        with torch.set_grad_enabled(bool(wanted)):
+        if wanted := self._benchmark.differentiable:
+            return self._named(self._gradients(version, arrays, wanted))
+        with torch.no_grad():
             output = version(*arrays.values())
-        if not wanted:
-            return self._named([output] if isinstance(output, Tensor) else list(output))
+        return self._named([output] if isinstance(output, Tensor) else list(output))
+
+    def _gradients(self, version: Version, arrays: Arrays, wanted: Sequence[str]) -> list[Tensor]:
+        """The output, and gradients by the wanted arrays."""
+        given = {n: x.detach().requires_grad_(n in wanted) for n, x in arrays.items()}
+        with torch.enable_grad():
+            output = version(*given.values())
         if self._grad is None:
             self._grad = torch.randn_like(output).to(self._leaves()[0].dtype)
-        leaves = [arrays[name] for name in wanted]
+        leaves = [given[name] for name in wanted]
         gradients = torch.autograd.grad(output, leaves, self._grad.to(output.dtype))
-        return self._named([output.detach(), *gradients])
+        return [output.detach(), *gradients]
 
     def _named(self, found: list[Tensor]) -> dict[str, Tensor]:
         """Output and gradients by name; several outputs as one."""
@@ -228,20 +280,30 @@ class _Run:
         with torch.no_grad():
             version(*self._own().values())
 
-    def _lower(self, version: Version) -> list[Any]:
-        """The programs of the forward pass and, where there is one, of both.
+    def _lower(self, name: str) -> list[Any]:
+        """The programs of the forward pass and, where there is one, of both; see ``jax_row``.
 
         They compute with one set of arrays after another, so that starting a program counts little;
         where a call replaces its arrays, with one.
         """
-        names = list(self.arrays)
-        shapes = tuple(jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for x in self.arrays.values())
+        names, version = list(self.arrays), self._benchmark.jax_versions[name]
+        shapes = [jax.ShapeDtypeStruct(x.shape, _jax_dtype(x)) for x in self.arrays.values()]
         if replaced := [names.index(name) for name in self._benchmark.replaced]:
             return [jax.jit(version, donate_argnums=replaced).lower(*shapes)]
-        programs = [_with_each(version).lower(*[shapes] * SETS)]
+        if timed := self._benchmark.timed.get(name):
+            make, made = timed.make(names)
+            found = jax.eval_shape(make, *shapes)
+            compared = self._lower_of(version, names, shapes, 1)[1:]
+            return [*self._lower_of(timed.version, made, found), *compared]
+        return self._lower_of(version, names, shapes)
+
+    def _lower_of(
+        self, version: Version, names: Sequence[str], shapes: Sequence[Any], sets: int = SETS
+    ) -> list[Any]:
+        programs = [_with_each(version).lower(*[tuple(shapes)] * sets)]
         if self._grad is None:
             return programs
-        wanted = [names.index(name) for name in self._benchmark.differentiable]
+        wanted = [names.index(name) for name in self._wanted(names)]
 
         def both(grad: Any, *inputs: Any) -> tuple[Any, ...]:
             def of_wanted(*values: Any) -> Any:
@@ -254,7 +316,7 @@ class _Run:
             return (output, *backward(grad))
 
         grad = jax.ShapeDtypeStruct(self._grad.shape, _jax_dtype(self._grad))
-        return [*programs, _with_each(both).lower(*[(grad, *shapes)] * SETS)]
+        return [*programs, _with_each(both).lower(*[(grad, *shapes)] * sets)]
 
 
 def compile_kernels(benchmarks: Iterable[Benchmark]) -> None:

@@ -2,9 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +23,7 @@ from parity import (
     peers,
     sweep_attention,
     sweep_rows,
+    throughput_modules,
 )
 from parity.throughput import read_config
 from parity.throughput_trace import Span, Trace
@@ -92,6 +96,27 @@ def modules() -> dict[str, benchmark.Benchmark]:
 )
 def test_modules(name: str) -> None:
     check(modules()[name])
+
+
+def test_modules_as_in_a_stack() -> None:
+    config, name = read_config("initial_training", SMALL), "MSA row attention"
+    (part,) = (x for x in throughput_modules.parts(config) if x.name == name)
+    whole = bench_modules._Whole(part, config)
+    timed = whole.timed("reference")
+    one = replace(
+        whole.benchmark(), timed={"torch": timed["triton, torch"], "XLA": timed["triton, JAX"]}
+    )
+    check(one, names=("torch", "XLA"))
+    arrays = one.draw()
+    plain = one.versions["torch"](*arrays.values())
+    made = one.timed["torch"].arrays(arrays)
+    assert len(made) == len(arrays) - 3  # one for four weights
+    torch.testing.assert_close(one.timed["torch"].version(*made.values()), plain)
+    numbers = {name: jnp.asarray(x.float().numpy()) for name, x in arrays.items()}
+    made = one.timed["XLA"].arrays(numbers)
+    assert len(made) == len(arrays) - 3
+    found = torch.from_numpy(np.array(one.timed["XLA"].version(*made.values())))
+    torch.testing.assert_close(found, plain.float(), rtol=0.05, atol=0.05)
 
 
 def test_every_module_that_has_a_best_time_is_there() -> None:
