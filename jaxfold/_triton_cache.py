@@ -124,7 +124,7 @@ class Request:
 
     def _options(self) -> dict[str, int]:
         sizes = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return sizes | overlap(self.function, self.architecture)
+        return sizes | overlap(self.architecture)
 
 
 @functools.cache

@@ -19,9 +19,8 @@ from torchfold import _triton
 class Kernel:
     """Notes how it is launched, and how it is compiled."""
 
-    def __init__(self, gluon: bool = False) -> None:
+    def __init__(self) -> None:
         self.given: list[list[tuple[str, Any]]] = []
-        self.is_gluon = lambda: gluon
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arrays, **options: self.given.append(list(options.items()))
@@ -30,12 +29,10 @@ class Kernel:
         self.given.append(list(options.items()))
 
 
-def given(
-    monkeypatch: pytest.MonkeyPatch, architecture: int, gluon: bool = False
-) -> list[tuple[str, Any]]:
+def given(monkeypatch: pytest.MonkeyPatch, architecture: int) -> list[tuple[str, Any]]:
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kernel = Kernel(gluon)
+    kernel = Kernel()
     launch = Launch(kernel, (1,), (Output((3,), "float32"),), {"N": 3}, num_warps=8)
     _triton.call(launch, torch.zeros(3))
     _triton.compile_kernel(launch, [torch.float32])
@@ -48,7 +45,6 @@ def test_kernels_compiled_ahead_are_those_launched(monkeypatch: pytest.MonkeyPat
     sizes = [("N", 3), ("num_warps", 8), ("num_stages", 2)]
     assert given(monkeypatch, 80) == sizes
     assert given(monkeypatch, 90) == [*sizes, ("launch_pdl", True)]
-    assert given(monkeypatch, 90, gluon=True) == sizes  # it does not wait by itself
     assert given(monkeypatch, launches.INTERPRETER) == sizes
     monkeypatch.setattr(launches, "OVERLAP", False)
     assert given(monkeypatch, 90) == sizes

@@ -45,16 +45,12 @@ class Launch:
 def options(launch: Launch, architecture: int) -> dict[str, Any]:
     """How Triton is to compile the kernel of a launch, beside its constants."""
     sizes = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return sizes | overlap(launch.kernel, architecture)
+    return sizes | overlap(architecture)
 
 
-def overlap(kernel: Any, architecture: int) -> dict[str, bool]:
-    """Triton's option for launches that may begin while the one before ends, where they can.
-
-    Kernels in Gluon do not wait themselves: their launches start after the end of the one before.
-    """
-    can = OVERLAP and architecture >= OVERLAPS_SINCE and not kernel.is_gluon()
-    return {"launch_pdl": True} if can else {}
+def overlap(architecture: int) -> dict[str, bool]:
+    """Triton's option for launches that may begin while the one before ends, where they can."""
+    return {"launch_pdl": True} if OVERLAP and architecture >= OVERLAPS_SINCE else {}
 
 
 def cdiv(numerator: int, denominator: int) -> int:

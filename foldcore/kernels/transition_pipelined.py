@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output
 
 
@@ -141,6 +142,7 @@ def transition_pipelined_kernel(
     BLOCK_F: gl.constexpr,
     FIRST: gl.constexpr,
 ):
+    await_previous()
     SAVE: gl.constexpr = hidden_ptr is not None
     mma1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_F, 16])
     mma2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
