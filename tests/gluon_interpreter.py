@@ -63,6 +63,9 @@ class Shared:
     def index(self, i: Any) -> "Shared":
         return Shared(self.array[int(i)])
 
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return Shared(self.array.transpose(order))
+
     def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> "Shared":
         return Shared(self.array.reshape(shape))
 
@@ -90,12 +93,24 @@ class Product:
         self.value = tile(self.begun[0] @ self.begun[1] + (start if self.use_acc else 0.0))
 
 
+# what instructions that kernels name themselves do
+ASSEMBLY: dict[str, Callable[..., Any]] = {"lg2.approx.ftz.f32 $0, $1;": np.log2}
+
+
 def contents(x: "Shared | Tile") -> np.ndarray:
     return np.array(x.array if isinstance(x, Shared) else x)
 
 
 def tile(x: Any) -> Tile:
     return np.asarray(x).view(Tile)
+
+
+def load(at: Pointers, mask: Any = True, other: float = np.nan) -> Tile:
+    """Nothing is read where it is masked."""
+    mask = np.broadcast_to(mask, at.index.shape)
+    found = np.full(at.index.shape, other, np.float32)
+    found[mask] = at.array[at.index[mask]]
+    return tile(found)
 
 
 class Machine:
@@ -143,8 +158,9 @@ class Machine:
         """``triton.experimental.gluon.language`` as far as kernels use it."""
         nothing = lambda *args, **kwargs: None  # noqa: E731
         layouts = "BlockedLayout SliceLayout NVMMADistributedLayout NVMMASharedLayout"
+        layouts += " DotOperandLayout DistributedLinearLayout SharedLinearLayout"
         return SimpleNamespace(
-            **dict.fromkeys([*layouts.split(), "DotOperandLayout"], nothing),
+            **dict.fromkeys(layouts.split(), nothing),
             **{"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "int64": np.int64},
             constexpr=None,
             num_warps=lambda: self.num_warps,
@@ -152,11 +168,16 @@ class Machine:
             arange=lambda start, end, layout: tile(np.arange(start, end)),
             zeros=lambda shape, dtype, layout: tile(np.zeros(shape, np.float32)),
             sum=lambda x, axis: tile(np.sum(x, axis)),
+            max=lambda x, axis: tile(np.max(x, axis)),
             rsqrt=lambda x: tile(1 / np.sqrt(x)),
+            exp2=lambda x: tile(np.exp2(x)),
+            inline_asm_elementwise=lambda asm, _, args, *rest: tile(ASSEMBLY[asm](*args)),
             maximum=lambda x, y: tile(np.maximum(x, y)),
-            load=lambda at: tile(at.array[at.index]),
+            where=lambda choice, x, y: tile(np.where(choice, x, y).astype(np.float32)),
+            permute=lambda x, order: tile(x.transpose(order)),
+            load=load,
             store=lambda at, x: at.array.__setitem__(at.index, x),
-            convert_layout=lambda x, layout: x,
+            convert_layout=lambda x, layout, assert_trivial=False: x,
             to_tensor=lambda x: x,
             static_range=range,
             allocate_shared_memory=self.allocate,
@@ -185,7 +206,8 @@ def running(module: ModuleType, machine: Machine) -> Iterator[None]:
     before = dict(vars(module))
     jitted = triton.JITFunction, InterpretedFunction
     functions = {k: x.fn for k, x in before.items() if isinstance(x, jitted)}
-    vars(module).update({**functions, **machine.names()})
+    numbers = {k: x.value for k, x in before.items() if isinstance(x, triton.language.constexpr)}
+    vars(module).update({**functions, **numbers, **machine.names()})
     try:
         yield
     finally:
@@ -195,7 +217,7 @@ def running(module: ModuleType, machine: Machine) -> Iterator[None]:
 def run(
     launch: Launch, *inputs: Tensor, machine: Callable[[int, int], Machine] = Machine
 ) -> list[Tensor]:
-    """The outputs of a launch, of inputs in bfloat16 on the host."""
+    """The outputs of a launch, of inputs on the host."""
     module = importlib.import_module(launch.kernel.fn.__module__)
     given = [Pointers(x.contiguous().float().numpy().ravel()) for x in inputs]
     outputs = [np.full(o.shape, np.nan, np.float32) for o in launch.outputs]
