@@ -11,21 +11,20 @@ its tile of the bias (HELD), and the tensor cores add bias and mask: as products
 and with a row of ones, in float32 and without rounding. The identity is multiplied by 1 / scale in
 the bias's dtype, for ``Problem.short_scale`` only: products of queries and keys share its rounding.
 
+Some sizes have a kernel of their own on Hopper, see ``attention_pipelined``.
+
 Logits are natural, their maxima and the logarithms of sums in units of log 2, for exp2.
 """
 
 import triton
 import triton.language as tl
 
-from foldcore.kernels.attention_tiles import Problem, Tiles, choose
+from foldcore.kernels import attention_pipelined
+from foldcore.kernels.attention_tiles import LOG2_E, MASKED, Problem, Tiles, choose
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, cdiv
 from foldcore.kernels.rows import sigmoid
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-# The logit of a masked key. So low that adding it to any other logit gives this very number: a
-# query without any key attends to all alike. A power of 2, which is exact in bfloat16 as well.
-MASKED = tl.constexpr(-(2.0**100))
 PARTS = tl.constexpr(4)  # query, gate, key, value
 
 
@@ -211,7 +210,9 @@ def forward_kernel(
 
 
 def forward(problem: Problem, tiles: Tiles | None = None) -> Launch:
-    """(projected, gate bias, mask, bias) -> (output, logsumexp)."""
+    """(projected, gate bias, mask, bias) -> (output, logsumexp); of ``tiles``, or as measured."""
+    if tiles is None and attention_pipelined.fits(problem):
+        return attention_pipelined.forward(problem)
     tiles = tiles or choose("forward", problem)
     blocks = tiles.fit(problem.length)
     programs = problem.heads * cdiv(problem.length, blocks["BLOCK_Q"])

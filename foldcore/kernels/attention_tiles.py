@@ -4,8 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import triton.language as tl
+
 from foldcore.kernels.launch import INTERPRETER, Output, next_power_of_2
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The logit of a masked key. So low that adding it to any other logit gives this very number: a
+# query without any key attends to all alike. A power of 2, which is exact in bfloat16 as well.
+MASKED = tl.constexpr(-(2.0**100))
 WHOLE_LIMIT = 256  # most keys that one backward program holds on chip
 
 

@@ -173,6 +173,17 @@ CASES = (
         },
         {"axis": 2, "scale": 0.2},
     ),
+    # sizes with a kernel of their own
+    Case(
+        "gated_attention",
+        {
+            "projected": (1, 18, 256, 4, 1, 32),
+            "gate_bias": (1, 32),
+            "mask": (1, 18, 256),
+            "bias": (1, 1, 256, 256),
+        },
+        {"axis": 2, "scale": 0.2},
+    ),
     # so few members of a group that its mean has a share in the gradient
     Case(
         "project_with_mean",
