@@ -14,6 +14,7 @@ from foldcore.kernels import (
     triangle_backward,
     triangle_fold,
     triangle_output_backward,
+    triangle_pipelined,
 )
 from jaxfold._triton import architecture, call, dtype_name
 
@@ -89,6 +90,17 @@ fold.defvjp(_fold, _fold_backward)
 # The multiplication -------------------------------------------------------------------------------
 
 
+def _project(pair: Array, mask: Array, folded: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Left and right [b h p], 1 / standard deviation of the pair [b p]."""
+    b, i, j, c = pair.shape
+    sizes = b, i * j, c, folded[2].shape[0]
+    kind, mask = (dtype_name(pair), architecture()), mask.astype(jnp.float32)
+    if triangle_pipelined.fits(*sizes, *kind):
+        return call(triangle_pipelined.project(*sizes), pair, mask, *folded[:2])
+    (rstd,) = call(triangle_fold.rstd(b, i * j, c, kind[0]), pair)
+    return *call(triangle.project(*sizes, *kind), pair, mask, rstd, *folded[:2]), rstd
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _multiplication(
     pair: Array,
@@ -114,9 +126,7 @@ def _forward(
     b, i, j, c = pair.shape
     h = folded[2].shape[0]
     kind = dtype_name(pair), architecture()
-    (rstd,) = call(triangle_fold.rstd(b, i * j, c, kind[0]), pair)
-    launch = triangle.project(b, i * j, c, h, *kind)
-    left, right = call(launch, pair, mask.astype(jnp.float32), rstd, *folded[:2])
+    left, right, rstd = _project(pair, mask, folded)
     left, right = left.reshape(b, h, i, j), right.reshape(b, h, i, j)
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)

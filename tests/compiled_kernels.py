@@ -50,6 +50,7 @@ from foldcore.kernels import (
     triangle_backward,
     triangle_fold,
     triangle_output_backward,
+    triangle_pipelined,
 )
 from foldcore.kernels.attention_tiles import Problem
 from foldcore.kernels.launch import Launch, Output, options
@@ -90,6 +91,8 @@ def launches() -> Iterator[Launch]:
         yield triangle_fold.rstd(b, pairs, c, KIND[0])
         yield triangle.project(b, pairs, c, c, *KIND)
         yield triangle.output(b, (residues, residues), c, c, *KIND, has_factor=True, residual=True)
+        if triangle_pipelined.fits(b, pairs, c, c, *KIND):
+            yield triangle_pipelined.project(b, pairs, c, c)
         yield triangle_output_backward.output(b, (residues, residues), c, c, *KIND, has_factor=True)
         yield triangle_output_backward.center(b, pairs, c, c, *KIND, slopes=1)
         yield triangle_backward.project(b, pairs, c, c, *KIND)

@@ -7,6 +7,7 @@ begun. What comes of a race between the warps of a program is not seen.
 
 import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -20,6 +21,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from foldcore.kernels.launch import Launch
+
+LAYOUT = SimpleNamespace(layout=SimpleNamespace(parent=None))
 
 
 class Hazard(RuntimeError):
@@ -35,13 +38,13 @@ class Tile(np.ndarray):
 
     @property
     def type(self) -> SimpleNamespace:
-        return SimpleNamespace(layout=None)
+        return LAYOUT
 
 
 class Pointers:
     """Places in an array in global memory."""
 
-    type = SimpleNamespace(layout=None)
+    type = LAYOUT
 
     def __init__(self, array: np.ndarray, at: Any = 0) -> None:
         self.array, self.at = array, at
@@ -69,6 +72,9 @@ class Shared:
     def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> "Shared":
         return Shared(self.array.reshape(shape))
 
+    def store(self, x: Tile) -> None:
+        self.array[:] = x
+
     def load(self, layout: Any) -> Tile:
         if np.isnan(self.array).any():
             raise Hazard("shared memory is read before it is written")
@@ -93,10 +99,6 @@ class Product:
         self.value = tile(self.begun[0] @ self.begun[1] + (start if self.use_acc else 0.0))
 
 
-# what instructions that kernels name themselves do
-ASSEMBLY: dict[str, Callable[..., Any]] = {"lg2.approx.ftz.f32 $0, $1;": np.log2}
-
-
 def contents(x: "Shared | Tile") -> np.ndarray:
     return np.array(x.array if isinstance(x, Shared) else x)
 
@@ -113,11 +115,29 @@ def load(at: Pointers, mask: Any = True, other: float = np.nan) -> Tile:
     return tile(found)
 
 
+def reciprocal(x: Tile) -> Tile:
+    """1 / x by one instruction: less than the least normal number is 0."""
+    with np.errstate(divide="ignore"):
+        result = np.float32(1.0) / x
+    return tile(np.where(abs(result) < np.finfo(np.float32).tiny, 0.0, result))
+
+
+# what instructions that kernels name themselves do
+ASSEMBLY: dict[str, Callable[..., Any]] = {"lg2": np.log2, "rcp": reciprocal}
+
+
+def assembled(assembly: str, constraints: str, arguments: list[Tile], *_: Any, **__: Any) -> Tile:
+    """A single instruction, of one argument."""
+    instruction, kind = assembly.split(".", 1)
+    assert kind == "approx.ftz.f32 $0, $1;", assembly
+    return tile(ASSEMBLY[instruction](*arguments))
+
+
 class Machine:
     """One program: its copies and products on their way."""
 
-    def __init__(self, program: int, num_warps: int) -> None:
-        self.program, self.num_warps = program, num_warps
+    def __init__(self, program: int, programs: int, num_warps: int) -> None:
+        self.program, self.programs, self.num_warps = program, programs, num_warps
         self.groups: list[list[tuple[np.ndarray, Pointers, np.ndarray]]] = [[]]
         self.products: list[Product] = []
 
@@ -165,19 +185,24 @@ class Machine:
             constexpr=None,
             num_warps=lambda: self.num_warps,
             program_id=lambda axis: tile(self.program),
+            num_programs=lambda axis: tile(self.programs),
             arange=lambda start, end, layout: tile(np.arange(start, end)),
             zeros=lambda shape, dtype, layout: tile(np.zeros(shape, np.float32)),
             sum=lambda x, axis: tile(np.sum(x, axis)),
             max=lambda x, axis: tile(np.max(x, axis)),
             rsqrt=lambda x: tile(1 / np.sqrt(x)),
             exp2=lambda x: tile(np.exp2(x)),
-            inline_asm_elementwise=lambda asm, _, args, *rest: tile(ASSEMBLY[asm](*args)),
+            inline_asm_elementwise=assembled,
             maximum=lambda x, y: tile(np.maximum(x, y)),
+            minimum=lambda x, y: tile(np.minimum(x, y)),
+            full=lambda shape, value, dtype, layout: tile(np.full(shape, value, np.float32)),
             where=lambda choice, x, y: tile(np.where(choice, x, y).astype(np.float32)),
             permute=lambda x, order: tile(x.transpose(order)),
+            reshape=lambda x, shape: tile(x.reshape(shape)),
+            split=lambda x: (tile(x[..., 0]), tile(x[..., 1])),
             load=load,
-            store=lambda at, x: at.array.__setitem__(at.index, x),
-            convert_layout=lambda x, layout, assert_trivial=False: x,
+            store=lambda at, x, **hints: at.array.__setitem__(at.index, x),
+            convert_layout=lambda x, layout, **checks: x,
             to_tensor=lambda x: x,
             static_range=range,
             allocate_shared_memory=self.allocate,
@@ -202,20 +227,24 @@ class Machine:
 
 @contextmanager
 def running(module: ModuleType, machine: Machine) -> Iterator[None]:
-    """The module's functions in numpy."""
-    before = dict(vars(module))
+    """The functions of the module, and of those that it has some of, in numpy."""
     jitted = triton.JITFunction, InterpretedFunction
-    functions = {k: x.fn for k, x in before.items() if isinstance(x, jitted)}
-    numbers = {k: x.value for k, x in before.items() if isinstance(x, triton.language.constexpr)}
-    vars(module).update({**functions, **numbers, **machine.names()})
+    given = [x for x in vars(module).values() if isinstance(x, jitted)]
+    modules = {sys.modules[x.fn.__module__] for x in given} | {module}
+    before = [(m, dict(vars(m))) for m in modules if "gl" in vars(m)]
+    for one, names in before:
+        functions = {k: x.fn for k, x in names.items() if isinstance(x, jitted)}
+        numbers = {k: x.value for k, x in names.items() if isinstance(x, triton.language.constexpr)}
+        vars(one).update({**functions, **numbers, **machine.names()})
     try:
         yield
     finally:
-        vars(module).update(before)
+        for one, names in before:
+            vars(one).update(names)
 
 
 def run(
-    launch: Launch, *inputs: Tensor, machine: Callable[[int, int], Machine] = Machine
+    launch: Launch, *inputs: Tensor, machine: Callable[[int, int, int], Machine] = Machine
 ) -> list[Tensor]:
     """The outputs of a launch, of inputs on the host."""
     module = importlib.import_module(launch.kernel.fn.__module__)
@@ -223,8 +252,8 @@ def run(
     outputs = [np.full(o.shape, np.nan, np.float32) for o in launch.outputs]
     arrays = [*given, *(Pointers(x.reshape(-1)) for x in outputs)]
     for program in range(launch.grid[0]):
-        state = machine(program, launch.num_warps)
-        with running(module, state):
+        state = machine(program, launch.grid[0], launch.num_warps)
+        with running(module, state), np.errstate(over="ignore"):
             launch.kernel.fn(*arrays, **launch.constants)
         if state.products or any(state.groups):
             raise Hazard("something is on its way at the end")

@@ -12,6 +12,7 @@ from foldcore.kernels import (
     triangle_backward,
     triangle_fold,
     triangle_output_backward,
+    triangle_pipelined,
 )
 from torchfold._triton import architecture, call, dtype_name
 
@@ -106,6 +107,17 @@ def _multiply_backward(
     return right @ grad, left @ grad.mT
 
 
+def _project(pair: Tensor, mask: Tensor, folded: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Left and right [b h p], 1 / standard deviation of the pair [b p]."""
+    b, i, j, c = pair.shape
+    sizes = b, i * j, c, folded[2].shape[0]
+    kind, mask = (dtype_name(pair), architecture(pair.device)), mask.float()
+    if triangle_pipelined.fits(*sizes, *kind):
+        return call(triangle_pipelined.project(*sizes), pair, mask, *folded[:2])
+    (rstd,) = call(triangle_fold.rstd(b, i * j, c, kind[0]), pair)
+    return *call(triangle.project(*sizes, *kind), pair, mask, rstd, *folded[:2]), rstd
+
+
 @torch.library.custom_op("twinfold::triangle_multiplication", mutates_args=())
 def _forward(
     pair: Tensor,
@@ -120,9 +132,7 @@ def _forward(
     b, i, j, c = pair.shape
     h = folded[2].shape[0]
     kind = dtype_name(pair), architecture(pair.device)
-    (rstd,) = call(triangle_fold.rstd(b, i * j, c, kind[0]), pair)
-    launch = triangle.project(b, i * j, c, h, *kind)
-    left, right = call(launch, pair, mask.float(), rstd, *folded[:2])
+    left, right, rstd = _project(pair, mask, folded)
     left, right = left.view(b, h, i, j), right.view(b, h, i, j)
     product = _multiply(left, right, outgoing)
     launch = triangle.output(b, (i, j), c, h, *kind, factor is not None, residual)

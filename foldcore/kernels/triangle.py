@@ -4,7 +4,8 @@ Before the product: LayerNorm and the gated projections, left and right, in one 
 written channel first, [b h p] with p counting the positions (i, j), so that the product is a plain
 batched matrix product over b h. After it: LayerNorm of the product's channels, projection, gate,
 dropout and residual in one pass, in which a program keeps to some j, and their factors of dropout
-on chip. Both kernels take folded weights: see ``triangle_fold``.
+on chip. Both kernels take folded weights: see ``triangle_fold``. Where sizes fit, there are quicker
+ones: ``triangle_pipelined``, ``triangle_output_pipelined``.
 
 Legend: p = i j positions of an example, n = b p, c channels of pairs, h channels of the product,
 w = 4 h + c columns of folded weights.
@@ -15,6 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from foldcore.kernels import triangle_output_pipelined
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, Output, cdiv
 from foldcore.kernels.rows import block, load_tile, load_vector, product, store_tile
@@ -259,6 +261,8 @@ def output(
     turns: Turns | None = None,
 ) -> Launch:
     """See the kernel -> result [b p c], mean and rstd of the product [b p]; ``shape``: (i, j)."""
+    if turns is None and triangle_output_pipelined.fits(b, shape, c, h, dtype, architecture):
+        return triangle_output_pipelined.output(b, shape, c, h, has_factor, residual)
     turns = turns or choose(OUTPUT, max(c, h), dtype, architecture)
     i, j = shape
     number = Output((b, i * j), "float32")

@@ -1,0 +1,264 @@
+"""Triangle multiplication after the product, for Hopper, in order by hand (Gluon).
+
+What ``triangle.output`` does. Tiles of pair and product go into registers, as the operands that
+they are; there the product's channels are summed and the residual is added. See
+``triangle_pipelined``, which this is the counterpart of.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.transition_pipelined import tile_at
+from foldcore.kernels.triangle_pipelined import (
+    ARCHITECTURE,
+    Steps,
+    constants,
+    copy_tile,
+    reciprocal,
+    row_moments,
+    share,
+)
+
+# channels -> sizes, of an H200
+SIZES = {128: Steps(64, 64, 4, 1, ahead=1, programs=2, groups=1, early=False)}
+
+
+@gluon.jit
+def channels_of(x, COLUMNS: gl.constexpr):
+    """[rows, c] as a tuple of [rows, COLUMNS], without moving anything."""
+    if x.shape[1] == COLUMNS:
+        return (x,)
+    else:
+        halves = gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1))
+        low, high = gl.split(halves)
+        return channels_of(low, COLUMNS) + channels_of(high, COLUMNS)
+
+
+@gluon.jit
+def factors_of(
+    factor_ptr, row, column, C: gl.constexpr, COLUMNS: gl.constexpr, START: gl.constexpr
+):
+    """[rows, c] of dropout's factors, from a column on, as a tuple of [rows, COLUMNS]."""
+    some = gl.load(factor_ptr + START + (row[:, None] * C + column[None, :]))
+    if START + COLUMNS == C:
+        return (some,)
+    else:
+        return (some,) + factors_of(factor_ptr, row, column, C, COLUMNS, START + COLUMNS)
+
+
+@gluon.jit
+def copy_outputs(gate_ptr, update_ptr, gates, updates, STEP: gl.constexpr):
+    """Begin to copy the weights of each chunk: of the gates, from the pair, and of the update."""
+    CHUNKS: gl.constexpr = gates.shape[0]
+    COLUMNS: gl.constexpr = gates.shape[2]
+    for i in gl.static_range(CHUNKS):
+        copy_tile(gate_ptr + i * COLUMNS, gates.index(i), True, STEP)
+        copy_tile(update_ptr + i * COLUMNS, updates.index(i), True, CHUNKS * COLUMNS)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def copy_tiles(pair_ptr, product_ptr, xs, zs, turn, i, END: gl.constexpr, J: gl.constexpr):
+    """Begin to copy the tiles of pair and product of an i, if it is before the end."""
+    copy_tile(pair_ptr + i * (J * xs.shape[2]), xs.index(turn), i < END, xs.shape[2])
+    copy_tile(product_ptr + i * J, zs.index(turn), i < END, END * J)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def begin_output(x, z, gates, updates, none, CHUNK: gl.constexpr):
+    """Products for a chunk's gates and updates, on their way."""
+    gate = warpgroup_mma(x, gates.index(CHUNK), none, use_acc=False, is_async=True)
+    update = warpgroup_mma(z, updates.index(CHUNK), none, use_acc=False, is_async=True)
+    return gate, update
+
+
+@gluon.jit
+def finish_output(
+    products,
+    x,  # the chunk's residual, or None
+    factor,  # the chunk's, or None
+    scales,
+    bias_ptrs,
+    to_ptr,
+    place,
+    none,
+    C: gl.constexpr,
+    MORE: gl.constexpr,
+):
+    """Write a chunk's results, [positions, channels]; MORE products may have been begun."""
+    column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
+    gate_bias = gl.load(bias_ptrs[0] + column)[None, :] * -1.4426950408889634
+    update_bias = gl.load(bias_ptrs[1] + column)[None, :]
+    power_scale, center_rstd = scales
+    gate = warpgroup_mma_wait(MORE + 1, deps=[products[0]])
+    gate = reciprocal(1.0 + gl.exp2(gate * power_scale + gate_bias))
+    if factor is not None:
+        gate *= factor
+    update = warpgroup_mma_wait(MORE, deps=[products[1]])
+    update = (update * center_rstd + update_bias) * gate
+    if x is not None:
+        update += gl.convert_layout(x, none.type.layout).to(gl.float32)
+    place.store(update.to(gl.bfloat16))
+    to = tile_at(to_ptr, place.shape[0], place.shape[1], C)
+    gl.thread_barrier()
+    gl.store(to, place.load(to.type.layout))
+
+
+@gluon.jit
+def finish_tile(
+    products,
+    operands,  # x, z
+    scales,
+    to_ptr,
+    kept,  # weights of gates and updates, factors, biases, places for chunks in turn, zeros
+    RESIDUAL: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """All chunks of a tile, the first of which has been begun."""
+    weights, factors, bias_ptrs, places, none = kept
+    CHUNKS: gl.constexpr = weights[0].shape[0]
+    COLUMNS: gl.constexpr = weights[0].shape[2]
+    residuals = (None,) * CHUNKS
+    if RESIDUAL:
+        residuals = channels_of(operands[0], COLUMNS)
+    for chunk in gl.static_range(CHUNKS):
+        current = products
+        if EARLY and chunk + 1 < CHUNKS:
+            products = begin_output(*operands, *weights, none, chunk + 1)
+        finish_output(
+            current,
+            residuals[chunk],
+            factors[chunk],
+            scales,
+            (bias_ptrs[0] + chunk * COLUMNS, bias_ptrs[1] + chunk * COLUMNS),
+            to_ptr + chunk * COLUMNS,
+            places[chunk % 2],
+            none,
+            CHUNKS * COLUMNS,
+            2 if EARLY and chunk + 1 < CHUNKS else 0,
+        )
+        if not EARLY and chunk + 1 < CHUNKS:
+            products = begin_output(*operands, *weights, none, chunk + 1)
+
+
+@gluon.jit
+def triangle_output_pipelined_kernel(
+    product_ptr,  # [b, h, p]
+    pair_ptr,  # [b, p, c]
+    factor_ptr,  # [b, j, c] float32: dropout, the same for all i of p = (i, j)
+    rstd_ptr,  # [b, p]
+    folded_ptr,  # [c, w]
+    folded_bias_ptr,  # [w] float32
+    output_folded_ptr,  # [h, c]
+    output_folded_bias_ptr,  # [c] float32
+    out_ptr,  # [b, p, c]
+    center_mean_ptr,  # [b, p]: of the product's channels
+    center_rstd_ptr,  # [b, p]
+    I: gl.constexpr,  # noqa: E741, the legend's name
+    J: gl.constexpr,
+    C: gl.constexpr,
+    H: gl.constexpr,
+    HAS_FACTOR: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    BLOCKS: gl.constexpr,  # of j, of all examples
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    AHEAD: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """Programs: block of an example's j, then group of i."""
+    await_previous()
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps() // SPLIT, SPLIT], [16, COLUMNS // SPLIT, 16]
+    )
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS if COLUMNS < 64 else 128, 16, 2)
+    CHUNKS: gl.constexpr = C // COLUMNS
+    block = gl.program_id(0) % BLOCKS
+    example = block // (J // ROWS)
+    j = block % (J // ROWS) * ROWS
+    first, step = gl.program_id(0) // BLOCKS, gl.num_programs(0) // BLOCKS
+    pair_ptr += (example * I * J + j) * C
+    product_ptr += example * (H * I * J) + j
+    gates = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, C, COLUMNS], narrow)
+    updates = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, H, COLUMNS], narrow)
+    xs = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, ROWS, C], shared)
+    zs = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, H, ROWS], shared)
+    even = gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLUMNS], narrow)
+    odd = gl.allocate_shared_memory(gl.bfloat16, [ROWS, COLUMNS], narrow)
+    copy_outputs(folded_ptr + 4 * H, output_folded_ptr, gates, updates, 4 * H + C)
+    for k in gl.static_range(AHEAD):
+        copy_tiles(pair_ptr, product_ptr, xs, zs, k, first + k * step, I, J)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
+    none = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+    factors = (None,) * CHUNKS
+    if HAS_FACTOR:
+        factors = factors_of(factor_ptr + (example * J + j) * C, row, column, C, COLUMNS, 0)
+    biases = folded_bias_ptr + 4 * H, output_folded_bias_ptr
+    kept = (gates, updates), factors, biases, (even, odd), none
+    row += example * I * J + j
+    next_rstd = gl.load(rstd_ptr + first * J + row)
+    turn = 0
+    async_copy.wait_group(AHEAD)
+    fence_async_shared()
+    for i in range(first, I, step):
+        rstd = next_rstd
+        next_rstd = gl.load(rstd_ptr + gl.minimum(i + step, I - 1) * J + row)
+        async_copy.wait_group(AHEAD - 1)
+        gl.thread_barrier()
+        x = xs.index(turn).load(operand)
+        z = zs.index(turn).permute((1, 0)).load(operand)
+        gl.thread_barrier()  # all have read the tiles
+        copy_tiles(pair_ptr, product_ptr, xs, zs, turn, i + AHEAD * step, I, J)
+        turn = (turn + 1) % AHEAD
+        products = begin_output(x, z, gates, updates, none, 0)
+        mean, center_rstd = row_moments(z, H, mma)
+        gl.store(center_mean_ptr + i * J + row, mean)
+        gl.store(center_rstd_ptr + i * J + row, center_rstd)
+        scales = (rstd * -1.4426950408889634)[:, None], center_rstd[:, None]
+        to_ptr = out_ptr + ((example * I + i) * J + j) * C
+        finish_tile(products, (x, z), scales, to_ptr, kept, RESIDUAL, EARLY)
+    async_copy.wait_group(0)
+
+
+def fits(b: int, shape: tuple[int, int], c: int, h: int, dtype: str, architecture: int) -> bool:
+    """Whether the kernel takes these sizes, ``shape`` (i, j): whole tiles, on the architecture."""
+    if dtype != "bfloat16" or architecture != ARCHITECTURE or c != h or c not in SIZES:
+        return False
+    i, j = shape
+    return j % SIZES[c].rows == 0 and b * i * j * c < 2**31
+
+
+def output(
+    b: int,
+    shape: tuple[int, int],
+    c: int,
+    h: int,
+    has_factor: bool,
+    residual: bool,
+    steps: Steps | None = None,
+) -> Launch:
+    """See the kernel -> result [b p c], mean and rstd of the product [b p]; ``shape``: (i, j)."""
+    steps, (i, j) = steps or SIZES[c], shape
+    number = Output((b, i * j), "float32")
+    blocks = b * j // steps.rows
+    sizes = {"I": i, "J": j, "C": c, "H": h, "BLOCKS": blocks}
+    return Launch(
+        kernel=triangle_output_pipelined_kernel,
+        grid=(blocks * share(i, blocks, steps),),
+        outputs=(Output((b, i * j, c), "bfloat16"), number, number),
+        constants=sizes | {"HAS_FACTOR": has_factor, "RESIDUAL": residual} | constants(steps),
+        num_warps=steps.num_warps,
+    )

@@ -1,0 +1,271 @@
+"""Triangle multiplication before the product, for Hopper, in order by hand (Gluon).
+
+What ``triangle`` does, and the standard deviations of the pair, with fewer instructions and waits.
+A tile of the pair goes into registers once: there it is the operand of products with all channels
+of the program, some at a time, and what its standard deviations come from. Its place on chip is
+free at once for a later tile. Results are turned around by whole matrices on their way to memory.
+Two programs share a processor; the products of one run while the other computes sigmoids. What
+follows the product is in ``triangle_output_pipelined``.
+
+Sizes that these kernels do not take are left to ``triangle``. ``tests/gluon_interpreter.py`` runs
+them without a GPU, and finds what they read too early or overwrite too soon.
+
+Legend: as in ``triangle``; w = 4 h + c columns of folded weights; a chunk is a few channels.
+"""
+
+from dataclasses import dataclass
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.transition_pipelined import tile_at
+from foldcore.kernels.turns import MULTIPROCESSORS
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Sizes of a launch."""
+
+    rows: int  # positions of a tile
+    columns: int  # channels of a chunk
+    num_warps: int
+    split: int  # of a chunk's channels among warps; the others share its positions
+    ahead: int  # tiles on their way
+    programs: int  # on each multiprocessor
+    groups: int  # programs that share all channels of a tile
+    early: bool  # whether the next chunk's products begin before sigmoids are computed
+
+
+# channels -> sizes, of an H200
+SIZES = {128: Steps(64, 64, 4, 1, ahead=2, programs=2, groups=2, early=False)}
+ARCHITECTURE = 90  # the instructions are Hopper's only
+
+
+@gluon.jit
+def copy_tile(ptr, place, wanted, STEP: gl.constexpr):
+    """Begin to copy a tile, if it is wanted."""
+    at = tile_at(ptr, place.shape[0], place.shape[1], STEP)
+    async_copy.async_copy_global_to_shared(place, at, mask=gl.to_tensor(wanted))
+
+
+@gluon.jit
+def reciprocal(x):
+    """1 / x to 1e-7; 0 where that is less than the least normal number."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def row_moments(x, C: gl.constexpr, mma: gl.constexpr):
+    """Mean and 1 / standard deviation of rows of an operand, as rows of a product's results."""
+    wide = x.to(gl.float32)
+    mean = gl.convert_layout(gl.sum(wide, 1), gl.SliceLayout(1, mma), assert_trivial=True) / C
+    squares = gl.convert_layout(gl.sum(wide * wide, 1), gl.SliceLayout(1, mma), assert_trivial=True)
+    return mean, gl.rsqrt(gl.maximum(squares / C - mean * mean, 0.0) + 1e-5)
+
+
+@gluon.jit
+def copy_projections(folded_ptr, weights, H: gl.constexpr, STEP: gl.constexpr):
+    """Begin to copy values and gates of each chunk of left, side by side; then of right."""
+    MATRICES: gl.constexpr = weights.shape[0]
+    CHUNKS: gl.constexpr = MATRICES // 4
+    for i in gl.static_range(MATRICES):
+        side = i // (2 * CHUNKS) * (2 * H)
+        part = i // 2 % CHUNKS * weights.shape[2]
+        copy_tile(folded_ptr + (side + i % 2 * H + part), weights.index(i), True, STEP)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def begin_project(x, weights, none, CHUNK: gl.constexpr):
+    """Products for a chunk's gates and values, on their way."""
+    gate = warpgroup_mma(x, weights.index(2 * CHUNK + 1), none, use_acc=False, is_async=True)
+    value = warpgroup_mma(x, weights.index(2 * CHUNK), none, use_acc=False, is_async=True)
+    return gate, value
+
+
+@gluon.jit
+def finish_project(
+    products,
+    scales,
+    bias_ptr,
+    to_ptr,
+    place,
+    none,
+    P: gl.constexpr,
+    H: gl.constexpr,
+    MORE: gl.constexpr,
+):
+    """Write a chunk's gated values, [channels, positions]; MORE products may have been begun."""
+    column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
+    value_bias = gl.load(bias_ptr + column)[None, :]
+    gate_bias = gl.load(bias_ptr + H + column)[None, :] * -1.4426950408889634
+    rstd, power_scale, inverse_mask = scales
+    gate = warpgroup_mma_wait(MORE + 1, deps=[products[0]])
+    gate = gl.exp2(gate * power_scale + gate_bias)
+    gate = reciprocal(gate * inverse_mask + inverse_mask)
+    value = warpgroup_mma_wait(MORE, deps=[products[1]])
+    value = (value * rstd + value_bias) * gate
+    place.permute((1, 0)).store(value.to(gl.bfloat16))
+    to = tile_at(to_ptr, place.shape[0], place.shape[1], P)
+    gl.thread_barrier()
+    gl.store(to, place.load(to.type.layout))
+
+
+@gluon.jit
+def finish_tile(
+    products,
+    x,
+    weights,
+    scales,
+    bias_ptr,
+    to_ptrs,
+    places,  # for chunks in turn
+    none,
+    P: gl.constexpr,
+    H: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """All chunks of a tile, left's and then right's, the first of which has been begun."""
+    CHUNKS: gl.constexpr = weights.shape[0] // 2
+    COLUMNS: gl.constexpr = weights.shape[2]
+    for chunk in gl.static_range(CHUNKS):
+        current = products
+        if EARLY and chunk + 1 < CHUNKS:
+            products = begin_project(x, weights, none, chunk + 1)
+        start = chunk % (CHUNKS // 2) * COLUMNS
+        finish_project(
+            current,
+            scales,
+            bias_ptr + chunk // (CHUNKS // 2) * (2 * H) + start,
+            (to_ptrs[0] if chunk < CHUNKS // 2 else to_ptrs[1]) + start * P,
+            places[chunk % 2],
+            none,
+            P,
+            H,
+            2 if EARLY and chunk + 1 < CHUNKS else 0,
+        )
+        if not EARLY and chunk + 1 < CHUNKS:
+            products = begin_project(x, weights, none, chunk + 1)
+
+
+@gluon.jit
+def triangle_project_pipelined_kernel(
+    pair_ptr,  # [b, p, c]
+    mask_ptr,  # [b, p] float32, nowhere negative
+    folded_ptr,  # [c, w]
+    folded_bias_ptr,  # [w] float32
+    left_ptr,  # [b, h, p]
+    right_ptr,  # [b, h, p]
+    rstd_ptr,  # [b, p]: 1 / standard deviation of the pair's channels
+    B: gl.constexpr,
+    P: gl.constexpr,
+    C: gl.constexpr,
+    H: gl.constexpr,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    AHEAD: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """Programs: some of left's channels and the same of right's; then group of tiles."""
+    await_previous()
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps() // SPLIT, SPLIT], [16, COLUMNS // SPLIT, 16]
+    )
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    narrow: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS if COLUMNS < 64 else 128, 16, 2)
+    PARTS: gl.constexpr = H // GROUPS // COLUMNS
+    TILES: gl.constexpr = B * P // ROWS
+    channel = gl.program_id(0) % GROUPS * (H // GROUPS)
+    first = gl.program_id(0) // GROUPS
+    step = gl.num_programs(0) // GROUPS
+    weights = gl.allocate_shared_memory(gl.bfloat16, [4 * PARTS, C, COLUMNS], narrow)
+    places = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, ROWS, C], shared)
+    even = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, ROWS], shared)
+    odd = gl.allocate_shared_memory(gl.bfloat16, [COLUMNS, ROWS], shared)
+    copy_projections(folded_ptr + channel, weights, H, 4 * H + C)
+    for i in gl.static_range(AHEAD):
+        tile = first + i * step
+        copy_tile(pair_ptr + tile * (ROWS * C), places.index(i), tile < TILES, C)
+        async_copy.commit_group()
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
+    none = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+    next_mask = gl.load(mask_ptr + first * ROWS + row)
+    turn = 0
+    async_copy.wait_group(AHEAD)
+    fence_async_shared()
+    for tile in range(first, TILES, step):
+        mask = next_mask
+        next_mask = gl.load(mask_ptr + gl.minimum(tile + step, TILES - 1) * ROWS + row)
+        async_copy.wait_group(AHEAD - 1)
+        gl.thread_barrier()
+        x = places.index(turn).load(gl.DotOperandLayout(0, mma, 2))
+        gl.thread_barrier()  # all have read the tile
+        ahead = tile + AHEAD * step
+        copy_tile(pair_ptr + ahead * (ROWS * C), places.index(turn), ahead < TILES, C)
+        async_copy.commit_group()
+        turn = (turn + 1) % AHEAD
+        products = begin_project(x, weights, none, 0)
+        _, rstd = row_moments(x, C, mma)
+        if channel == 0:
+            gl.store(rstd_ptr + tile * ROWS + row, rstd)
+        # sigmoid times mask = 1 / (inverse + inverse 2^power), which is 0 where the mask is
+        inverse_mask = gl.where(mask == 0.0, 3e38, reciprocal(mask))
+        scales = rstd[:, None], (rstd * -1.4426950408889634)[:, None], inverse_mask[:, None]
+        example = tile // (P // ROWS)
+        to = (example * H + channel) * P + tile % (P // ROWS) * ROWS
+        to_ptrs = left_ptr + to, right_ptr + to
+        at = folded_bias_ptr + channel
+        finish_tile(products, x, weights, scales, at, to_ptrs, (even, odd), none, P, H, EARLY)
+    async_copy.wait_group(0)
+
+
+def fits(b: int, p: int, c: int, h: int, dtype: str, architecture: int) -> bool:
+    """Whether the kernel takes these sizes: whole tiles, on the one architecture."""
+    if dtype != "bfloat16" or architecture != ARCHITECTURE or c != h or c not in SIZES:
+        return False
+    steps = SIZES[c]
+    return p % steps.rows == 0 and b * p * h < 2**31
+
+
+def project(b: int, p: int, c: int, h: int, steps: Steps | None = None) -> Launch:
+    """(pair, mask, folded weights, bias) -> left, right [b h p], 1 / standard deviation of the
+    pair's rows [b p]; for sizes that fit, in bfloat16."""
+    steps = steps or SIZES[c]
+    side = Output((b, h, p), "bfloat16")
+    tiles = b * p // steps.rows
+    sizes = {"B": b, "P": p, "C": c, "H": h, "GROUPS": steps.groups}
+    return Launch(
+        kernel=triangle_project_pipelined_kernel,
+        grid=(steps.groups * share(tiles, steps.groups, steps),),
+        outputs=(side, side, Output((b, p), "float32")),
+        constants=sizes | constants(steps),
+        num_warps=steps.num_warps,
+    )
+
+
+def share(turns: int, parts: int, steps: Steps) -> int:
+    """Programs for each of the parts, which take so many turns."""
+    return min(turns, max(1, MULTIPROCESSORS * steps.programs // parts))
+
+
+def constants(steps: Steps) -> dict[str, int | bool]:
+    """What both kernels know of their sizes."""
+    return {
+        "ROWS": steps.rows,
+        "COLUMNS": steps.columns,
+        "SPLIT": steps.split,
+        "AHEAD": steps.ahead,
+        "EARLY": steps.early,
+    }
