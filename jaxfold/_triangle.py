@@ -15,29 +15,39 @@ from foldcore.kernels import (
     triangle_fold,
     triangle_output_backward,
     triangle_pipelined,
+    triangle_product,
 )
 from jaxfold._triton import architecture, call, dtype_name
 
 FOLDED = 4  # arrays that ``fold`` makes of 16 parameters
 
 
-def _multiply(left: Array, right: Array, outgoing: bool) -> Array:
-    """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i].
+def _product(a: Array, b: Array, turned: tuple[bool, bool]) -> Array:
+    """[b h i j] from two of [b h n n], of either as it lies or transposed.
 
     By einsum: a transposed array would be written out, for two batch axes come between it and the
     product.
     """
+    m, n = math.prod(a.shape[:2]), a.shape[-1]
+    if triangle_product.fits(m, n, dtype_name(a), architecture()):
+        return call(triangle_product.product(m, n, turned), a, b)[0].reshape(a.shape)
+    first, second = "bhki" if turned[0] else "bhik", "bhjk" if turned[1] else "bhkj"
+    return jnp.einsum(f"{first},{second}->bhij", a, b)
+
+
+def _multiply(left: Array, right: Array, outgoing: bool) -> Array:
+    """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i]."""
     if outgoing:
-        return jnp.einsum("bhik,bhjk->bhij", left, right)
-    return jnp.einsum("bhki,bhkj->bhij", right, left)
+        return _product(left, right, (False, True))
+    return _product(right, left, (True, False))
 
 
 def _multiply_backward(
     left: Array, right: Array, grad: Array, outgoing: bool
 ) -> tuple[Array, Array]:
     if outgoing:
-        return grad @ right, jnp.einsum("bhij,bhik->bhjk", grad, left)
-    return right @ grad, jnp.einsum("bhkj,bhij->bhki", left, grad)
+        return _product(grad, right, (False, False)), _product(grad, left, (True, False))
+    return _product(right, grad, (False, False)), _product(left, grad, (False, True))
 
 
 def triangle_multiplication(

@@ -51,6 +51,7 @@ from foldcore.kernels import (
     triangle_fold,
     triangle_output_backward,
     triangle_pipelined,
+    triangle_product,
 )
 from foldcore.kernels.attention_tiles import Problem
 from foldcore.kernels.launch import Launch, Output, options
@@ -93,6 +94,9 @@ def launches() -> Iterator[Launch]:
         yield triangle.output(b, (residues, residues), c, c, *KIND, has_factor=True, residual=True)
         if triangle_pipelined.fits(b, pairs, c, c, *KIND):
             yield triangle_pipelined.project(b, pairs, c, c)
+        for turned in ((False, True), (True, False), (False, False)):
+            if triangle_product.fits(b * c, residues, *KIND):
+                yield triangle_product.product(b * c, residues, turned)
         yield triangle_output_backward.output(b, (residues, residues), c, c, *KIND, has_factor=True)
         yield triangle_output_backward.center(b, pairs, c, c, *KIND, slopes=1)
         yield triangle_backward.project(b, pairs, c, c, *KIND)

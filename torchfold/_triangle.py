@@ -13,6 +13,7 @@ from foldcore.kernels import (
     triangle_fold,
     triangle_output_backward,
     triangle_pipelined,
+    triangle_product,
 )
 from torchfold._triton import architecture, call, dtype_name
 
@@ -94,17 +95,27 @@ _fold.register_autograd(_fold_gradients, setup_context=_save_fold)
 # The multiplication -------------------------------------------------------------------------------
 
 
+def _product(a: Tensor, b: Tensor, turned: tuple[bool, bool]) -> Tensor:
+    """[b h i j] from two of [b h n n], of either as it lies or transposed."""
+    m, n = a.shape[:2].numel(), a.shape[-1]
+    if triangle_product.fits(m, n, dtype_name(a), architecture(a.device)):
+        return call(triangle_product.product(m, n, turned), a, b)[0].view(a.shape)
+    return (a.mT if turned[0] else a) @ (b.mT if turned[1] else b)
+
+
 def _multiply(left: Tensor, right: Tensor, outgoing: bool) -> Tensor:
     """[b h i j] from two of [b h i k], or of [b h k j] and [b h k i]."""
-    return left @ right.mT if outgoing else right.mT @ left
+    if outgoing:
+        return _product(left, right, (False, True))
+    return _product(right, left, (True, False))
 
 
 def _multiply_backward(
     left: Tensor, right: Tensor, grad: Tensor, outgoing: bool
 ) -> tuple[Tensor, Tensor]:
     if outgoing:
-        return grad @ right, grad.mT @ left
-    return right @ grad, left @ grad.mT
+        return _product(grad, right, (False, False)), _product(grad, left, (True, False))
+    return _product(right, grad, (False, False)), _product(left, grad, (False, True))
 
 
 def _project(pair: Tensor, mask: Tensor, folded: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -28,7 +28,10 @@ from foldcore.kernels.triangle_pipelined import (
 )
 
 # channels -> sizes, of an H200
-SIZES = {128: Steps(64, 32, 4, 1, ahead=1, programs=2, groups=1, early=False)}
+SIZES = {
+    64: Steps(64, 64, 4, 1, ahead=2, programs=2, groups=1, early=False),
+    128: Steps(64, 32, 4, 1, ahead=1, programs=2, groups=1, early=False),
+}
 
 
 @gluon.jit

@@ -45,7 +45,10 @@ class Steps:
 
 
 # channels -> sizes, of an H200
-SIZES = {128: Steps(64, 64, 4, 1, ahead=2, programs=2, groups=2, early=False)}
+SIZES = {
+    64: Steps(64, 32, 4, 1, ahead=3, programs=3, groups=1, early=False),
+    128: Steps(64, 64, 4, 1, ahead=2, programs=2, groups=2, early=False),
+}
 ARCHITECTURE = 90  # the instructions are Hopper's only
 
 
