@@ -6,6 +6,8 @@ A line for each operation, shape and implementation: milliseconds of the forward
 gradient, the share of them that the roofline explains (each array read or written once, or the
 matrix products at the measured rate), the largest error of an array against float64, and multiples
 of the best times known of others. Whole modules come first, then operations, then single kernels.
+Our modules are given what a stack derives from parameters of all its blocks at once; that by itself
+is a row of ``parity.throughput``, its kernels of 48 layers are rows here.
 Plain JAX and PyTorch, torch.compile, SDPA, FlexAttention and, where it is installed, cuEquivariance
 run beside ours, on the same arrays. What compiles quickly is timed first, and what has a best time;
 what has not begun when the time is up is left out, by name.

@@ -1,7 +1,7 @@
 """Kernels of triangle multiplication for ``parity.sweep_rows``: launches, inputs, sizes to try."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from foldcore.kernels import (
@@ -15,6 +15,7 @@ from foldcore.kernels.turns import Turns
 from parity.bench_rows import Array, triangle_arrays
 
 KIND = ("bfloat16", 90)  # dtype and architecture
+LAYERS = 48  # of the stack for which weights are folded at once
 SHAPE = tuple[int, int, int, int]  # examples, residues, channels of pairs and of the product
 # positions, channels, warps, programs on a multiprocessor, tiles on chip
 TURNS = [
@@ -35,7 +36,7 @@ def _square(shape: SHAPE) -> tuple[int, tuple[int, int], int, int, str, int]:
 
 
 LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
-    "triangle fold": lambda s, _: triangle_fold.forward(1, s[2], s[3], KIND[0]),
+    "triangle fold": lambda s, _: triangle_fold.forward(LAYERS, s[2], s[3], KIND[0]),
     "triangle rstd": lambda s, _: triangle_fold.rstd(s[0], s[1] ** 2, s[2], KIND[0]),
     "triangle project": lambda s, t: triangle.project(*_flat(s), turns=t),
     "triangle output": lambda s, t: triangle.output(*_square(s), True, True, turns=t),
@@ -49,7 +50,7 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "triangle norm backward": lambda s, _: triangle_backward.norm(
         s[0] * s[1] ** 2, s[2], *KIND, residual=True
     ),
-    "triangle fold backward": lambda s, _: triangle_fold.backward(1, s[2], s[3], KIND[0]),
+    "triangle fold backward": lambda s, _: triangle_fold.backward(LAYERS, s[2], s[3], KIND[0]),
 }
 FIXED = {
     name for name in LAUNCHES if name.split()[1] in ("fold", "rstd", "norm")
@@ -66,7 +67,7 @@ def inputs(kernel: str, shape: SHAPE) -> list[Array]:
     folded: list[Array] = [("weights", (c, wide)), ("mask", (wide,))]
     output: list[Array] = [("weights", (h, c)), ("mask", (c,))]
     return {
-        "triangle fold": w,
+        "triangle fold": stacked(w),
         "triangle rstd": [pair],
         "triangle project": [pair, mask, number, *folded],
         "triangle output": [hidden, pair, factor, number, *folded, *output],
@@ -80,8 +81,15 @@ def inputs(kernel: str, shape: SHAPE) -> list[Array]:
             ("normal", (wide, p)),
         ],
         "triangle norm backward": [pair, pair, pair],
-        "triangle fold backward": [*folded, *output, *(w[i] for i in triangle_fold.WITHOUT_BIASES)],
+        "triangle fold backward": stacked(
+            [*folded, *output, *(w[i] for i in triangle_fold.WITHOUT_BIASES)]
+        ),
     }[kernel]
+
+
+def stacked(arrays: Sequence[Array]) -> list[Array]:
+    """With an axis of layers."""
+    return [(kind, (LAYERS, *shape)) for kind, shape in arrays]
 
 
 def candidates(shapes: list[SHAPE]) -> Iterator[tuple[str, SHAPE, Turns]]:
