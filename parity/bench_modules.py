@@ -63,22 +63,29 @@ def benchmarks(config: Config | None = None) -> Iterator[Benchmark]:
     for part in parts(config):
         if part.name in TAKES:
             yield _Whole(part, config).benchmark()
+        if "triangle multiplication" in part.name:
+            yield _Whole(part, config, alone=True).benchmark()
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """A module as functions of its parameters, by DeepMind's names, and then its inputs."""
+    """A module as functions of its parameters, by DeepMind's names, and then its inputs.
+
+    ``alone``: what others' modules compute, the update without dropout and residual.
+    """
 
     part: Part
     config: Config
+    alone: bool = False
 
     @property
     def takes(self) -> tuple[str, ...]:
-        return TAKES[self.part.name]
+        takes = TAKES[self.part.name]
+        return tuple(x for x in takes if not (self.alone and x.endswith("_factor")))
 
     @property
     def options(self) -> dict[str, bool]:
-        return {} if "outer" in self.part.name else {"residual": True}
+        return {} if self.alone or "outer" in self.part.name else {"residual": True}
 
     @functools.cached_property
     def parameters(self) -> list[str]:
@@ -87,12 +94,12 @@ class _Whole:
     def benchmark(self) -> Benchmark:
         outgoing = self.part.name.endswith("outgoing")
         others = {}
-        if "triangle multiplication" in self.part.name:
+        if "triangle multiplication" in self.part.name and not self.alone:
             others["cuEquivariance"] = self.cuequivariance(outgoing)
         given = [name for name in self.takes if not name.endswith(("_mask", "_factor"))]
         return Benchmark(
             op=self.part.name,
-            shape="module",
+            shape="update alone, module" if self.alone else "module",
             draw=self.draw,
             reference=self.in_torch("reference"),
             versions={
