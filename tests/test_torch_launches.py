@@ -50,6 +50,15 @@ def test_kernels_compiled_ahead_are_those_launched(monkeypatch: pytest.MonkeyPat
     assert given(monkeypatch, 90) == sizes
 
 
+def test_results_of_launches_only_noted_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[Any] = []
+    monkeypatch.setattr(_triton, "_noted", noted)
+    monkeypatch.setattr(torch, "empty", lambda shape, **kind: torch.full(shape, torch.nan, **kind))
+    launch = Launch(Kernel(), (1,), (Output((3,), "float32"),), {"N": 3})
+    (found,) = _triton.call(launch, torch.ones(3))
+    assert len(noted) == 1 and not found.any()
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python's threads parse side by side")
 def test_threads_parse_kernels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     parse, inside, most = ast.parse, [], []

@@ -38,7 +38,9 @@ def call(launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _allocate(output: Output, device: torch.device) -> Tensor:
-    return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
+    # what no kernel writes must be numbers all the same: what follows may look things up by them
+    make = torch.empty if _noted is None else torch.zeros
+    return make(output.shape, dtype=getattr(torch, output.dtype), device=device)
 
 
 def compile_kernel(launch: Launch, input_dtypes: Sequence[torch.dtype]) -> Any:
