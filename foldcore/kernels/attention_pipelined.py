@@ -2,9 +2,10 @@
 
 A program keeps one head and a tile of queries and walks over groups, so that its tile of the bias
 is read once: as float32 in shared memory, each thread's part in one piece, it is what the products
-of queries and keys are added to. All keys of a group are one tile. Keys and values have one place
-each on chip: the next group's come as soon as this one's have been read, keys while weights are
-computed, values while the results are written. Two or more programs share a processor.
+of queries and keys are added to. All keys of a group are one tile, with one place on chip, as the
+values have: the next group's come as soon as this one's have been read, keys while weights are
+computed, values while results are written. Gates are computed beside the product with values. Two
+or more programs share a processor.
 
 A mask is added by a product: the masks of all of a program's groups stay on chip, each a column of
 one tile, of which a column of ones takes its own. Keys lie in an order in which 8 neighbours are
@@ -124,50 +125,56 @@ def copy_values(ptr, wanted, v, CHANNELS: gl.constexpr, STEP: gl.constexpr):
 
 @gluon.jit
 def await_copies(LEFT: gl.constexpr):
-    """Until all but so many have come, for all threads and for products."""
+    """Until all but so many have come, for all threads; no fence, as in what Triton compiles."""
     async_copy.wait_group(LEFT)
     gl.thread_barrier()
-    fence_async_shared()
 
 
 @gluon.jit
-def load_masks(mask_ptr, count, ONWARD: gl.constexpr, STEP: gl.constexpr, LENGTH: gl.constexpr):
-    """What is added to the logits of each key, a column for each of a program's groups."""
+def load_masks(mask_ptr, count, ahead, STEP: gl.constexpr, LENGTH: gl.constexpr):
+    """The masks of a program's groups, one a column."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [gl.num_warps(), 1], [1, 0])
     key = key_at(gl.arange(0, LENGTH, layout=gl.SliceLayout(1, layout))[:, None])
     group = gl.arange(0, 16, layout=gl.SliceLayout(0, layout))[None, :]
     inside = (group < count) & (key >= 0)
-    kept = gl.load(mask_ptr + (key * STEP + group * ONWARD), mask=inside, other=1.0) > 0
-    summand = gl.where(kept, 0.0, MASKED).to(gl.bfloat16)
-    shared: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-    return gl.allocate_shared_memory(gl.bfloat16, [LENGTH, 16], shared, summand)
+    return gl.load(mask_ptr + (key * STEP + group * ahead), mask=inside, other=1.0)
 
 
 @gluon.jit
-def load_bias(bias_ptr, ROWS: gl.constexpr, LENGTH: gl.constexpr, SCALE: gl.constexpr):
-    """A program's tile of the bias in units of products."""
+def hold_masks(masks):
+    """What they add to the logits of each key, in shared memory."""
+    summand = gl.where(masks > 0, 0.0, MASKED).to(gl.bfloat16)
+    shared: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    return gl.allocate_shared_memory(gl.bfloat16, masks.shape, shared, summand)
+
+
+@gluon.jit
+def load_bias(bias_ptr, ROWS: gl.constexpr, LENGTH: gl.constexpr):
+    """A program's tile of the bias, neighbours of a thread in the order of keys on chip."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, LENGTH, 16])
     wide: gl.constexpr = by_neighbours(ROWS, LENGTH)
     bias = gl.load(tile_at(bias_ptr, ROWS, LENGTH, LENGTH, wide))
     bias = gl.permute(bias.reshape([ROWS, LENGTH // 32, 4, 4, 2]), (0, 1, 3, 2, 4))
-    bias = gl.convert_layout(bias.reshape([ROWS, LENGTH]), mma, assert_trivial=True)
+    return gl.convert_layout(bias.reshape([ROWS, LENGTH]), mma, assert_trivial=True)
+
+
+@gluon.jit
+def hold_bias(bias, SCALE: gl.constexpr):
+    """The bias in units of products, in shared memory."""
+    shared: gl.constexpr = by_threads(bias.shape[0], bias.shape[1])
     bias = bias.to(gl.float32) * (1 / SCALE)
-    shared: gl.constexpr = by_threads(ROWS, LENGTH)
-    return gl.allocate_shared_memory(gl.float32, [ROWS, LENGTH], shared, bias)
+    return gl.allocate_shared_memory(gl.float32, bias.shape, shared, bias)
 
 
 # Attention of a tile of queries within a group ----------------------------------------------------
 
 
 @gluon.jit
-def begin_scores(q, k, masks, i, bias, none, HAS_BIAS: gl.constexpr):
-    """Begin what makes a group's logits, in units of products; the bias comes first, then the mask:
-    nothing is left of either where a key is masked."""
-    choice = chosen(i, gl.DotOperandLayout(0, none.type.layout, 2), none.shape[0])
-    if HAS_BIAS:
-        none = bias.load(none.type.layout)
+def begin_scores(q, k, masks, choice, start, HAS_BIAS: gl.constexpr):
+    """Begin what makes a group's logits, in units of products; of a masked key only its mask is
+    left."""
     mask = masks.permute((1, 0))
-    scores = warpgroup_mma(choice, mask, none, use_acc=HAS_BIAS, is_async=True)
+    scores = warpgroup_mma(choice, mask, start, use_acc=HAS_BIAS, is_async=True)
     return warpgroup_mma(q, k.permute((1, 0)), scores, is_async=True)
 
 
@@ -196,16 +203,22 @@ def store_statistics(ptr, highest, total):
 
 
 @gluon.jit
-def store_output(ptr, gathered, total, gate, gate_bias_ptr, STEP: gl.constexpr):
-    """gathered / total, gated; written 16 bytes at a time, exchanged within a warp."""
+def factors(total, gate, gate_bias_ptr):
+    """By what gathered values are multiplied: gate / total."""
     channel = gl.arange(0, gate.shape[1], layout=gl.SliceLayout(0, gate.type.layout))
     gate_bias = gl.load(gate_bias_ptr + channel).to(gl.float32)[None, :] * -LOG2_E
     closed = gl.exp2(gate.to(gl.float32) * -LOG2_E + gate_bias)
-    total = gl.convert_layout(total, gl.SliceLayout(1, gathered.type.layout))[:, None]
+    total = gl.convert_layout(total, gl.SliceLayout(1, gate.type.layout))[:, None]
     root = gl.rsqrt(closed * total + total)  # 1 / y as a square, as in ``rows.sigmoid``
-    wide: gl.constexpr = by_neighbours(gate.shape[0], gate.shape[1])
-    output = gl.convert_layout((gathered * (root * root)).to(gl.bfloat16), wide)
-    gl.store(tile_at(ptr, gate.shape[0], gate.shape[1], STEP, wide), output)
+    return root * root
+
+
+@gluon.jit
+def store_output(ptr, output, STEP: gl.constexpr):
+    """Written 16 bytes at a time, exchanged within a warp."""
+    wide: gl.constexpr = by_neighbours(output.shape[0], output.shape[1])
+    output = gl.convert_layout(output.to(gl.bfloat16), wide)
+    gl.store(tile_at(ptr, output.shape[0], output.shape[1], STEP, wide), output)
 
 
 @gluon.jit
@@ -233,13 +246,11 @@ def attention_pipelined_kernel(
     WIDTH: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     ROWS: gl.constexpr,
-    CHUNKS: gl.constexpr,  # a program takes every so manieth group
+    BATCH: gl.constexpr,
 ):
     await_previous()
     CHANNELS: gl.constexpr = HEADS * WIDTH
     STRIDE: gl.constexpr = STEP * 4 * CHANNELS
-    AHEAD: gl.constexpr = CHUNKS * GROUP_STEP  # positions to a program's next group
-    NEXT: gl.constexpr = AHEAD * 4 * CHANNELS
     scored: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, LENGTH, 16])
     valued: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDTH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, valued, 2)
@@ -248,9 +259,11 @@ def attention_pipelined_kernel(
     TILES: gl.constexpr = LENGTH // ROWS
     start = gl.program_id(0) % TILES * ROWS
     head = gl.program_id(0) // TILES % HEADS
-    first = gl.program_id(0) // (TILES * HEADS) % CHUNKS
-    batch = gl.program_id(0) // (TILES * HEADS * CHUNKS)
-    count = (GROUPS - first + CHUNKS - 1) // CHUNKS
+    chunks = gl.num_programs(0) // (TILES * HEADS * BATCH)  # a program takes every so manieth group
+    first = gl.program_id(0) // (TILES * HEADS) % chunks
+    batch = gl.program_id(0) // (TILES * HEADS) // chunks
+    count = (GROUPS - first + chunks - 1) // chunks
+    ahead = chunks * GROUP_STEP  # positions to a program's next group
     position = (batch * (GROUPS * LENGTH) + first * GROUP_STEP).to(gl.int64)
     ptr = projected_ptr + position * (4 * CHANNELS) + head * WIDTH
     output_ptr += (position + start * STEP) * CHANNELS + head * WIDTH
@@ -264,32 +277,37 @@ def attention_pipelined_kernel(
     wanted = gl.to_tensor(count > 0)
     copy_scored(ptr, start, wanted, q, k, CHANNELS, STRIDE)
     copy_values(ptr, wanted, v, CHANNELS, STRIDE)
-    masks = load_masks(mask_ptr + position, count, AHEAD, STEP, LENGTH)
-    bias = load_bias(bias_ptr, ROWS, LENGTH, SCALE) if HAS_BIAS else masks
+    masks = load_masks(mask_ptr + position, count, ahead, STEP, LENGTH)
+    bias = load_bias(bias_ptr, ROWS, LENGTH) if HAS_BIAS else None
+    masks = hold_masks(masks)
+    bias = hold_bias(bias, SCALE) if HAS_BIAS else None
     unit: gl.constexpr = LOG2_E * SCALE  # of logits as products leave them
     none = gl.zeros([ROWS, LENGTH], gl.float32, scored)
     nothing = gl.zeros([ROWS, WIDTH], gl.float32, valued)
-    await_copies(1)
+    fence_async_shared()
+    gl.thread_barrier()
     for i in range(count):
-        scores = begin_scores(q, k, masks, i, bias, none, HAS_BIAS)
-        gate = gl.load(tile_at(ptr + start * STRIDE + CHANNELS, ROWS, WIDTH, STRIDE, valued))
-        ptr += NEXT
+        begin = bias.load(scored) if HAS_BIAS else none
+        choice = chosen(i, gl.DotOperandLayout(0, scored, 2), ROWS)
+        await_copies(1)  # keys
+        scores = begin_scores(q, k, masks, choice, begin, HAS_BIAS)
+        gate_ptr = ptr + i * ahead * (4 * CHANNELS) + (start * STRIDE + CHANNELS)
+        gate = gl.load(tile_at(gate_ptr, ROWS, WIDTH, STRIDE, valued))
+        next_ptr = ptr + (i + 1) * ahead * (4 * CHANNELS)
         wanted = gl.to_tensor(i + 1 < count)
         scores = warpgroup_mma_wait(0, deps=[scores])
         gl.thread_barrier()  # all have read the keys
-        copy_scored(ptr, start, wanted, q, k, CHANNELS, STRIDE)
+        copy_scored(next_ptr, start, wanted, q, k, CHANNELS, STRIDE)
         highest, weights, total = soften(scores, unit)
         weights = gl.convert_layout(weights.to(gl.bfloat16), operand)
         await_copies(1)  # values
         gathered = warpgroup_mma(weights, v, nothing, use_acc=False, is_async=True)
-        gathered = warpgroup_mma_wait(0, deps=[gathered])
+        store_statistics(logsumexp_ptr + i * chunks * (HEADS * LENGTH), highest, total)
+        factor = factors(total, gate, gate_bias_ptr)
+        gathered, factor = warpgroup_mma_wait(0, deps=[gathered, factor])
         gl.thread_barrier()  # all have read the values
-        copy_values(ptr, wanted, v, CHANNELS, STRIDE)
-        await_copies(1)  # the next group's keys
-        store_statistics(logsumexp_ptr, highest, total)
-        store_output(output_ptr, gathered, total, gate, gate_bias_ptr, STEP * CHANNELS)
-        logsumexp_ptr += CHUNKS * HEADS * LENGTH
-        output_ptr += AHEAD * CHANNELS
+        copy_values(next_ptr, wanted, v, CHANNELS, STRIDE)
+        store_output(output_ptr + i * ahead * CHANNELS, gathered * factor, STEP * CHANNELS)
     async_copy.wait_group(0)
 
 
@@ -318,6 +336,6 @@ def forward(problem: Problem, steps: Steps | None = None) -> Launch:
         kernel=attention_pipelined_kernel,
         grid=(problem.heads * tiles * chunks * problem.batch,),
         outputs=(problem.gathered, problem.statistics),
-        constants=constants | {"ROWS": steps.queries, "CHUNKS": chunks},
+        constants=constants | {"ROWS": steps.queries, "BATCH": problem.batch},
         num_warps=steps.queries // 16,
     )
