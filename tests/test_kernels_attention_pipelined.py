@@ -90,3 +90,10 @@ def test_it_runs_where_its_sizes_fit(launched: list[str]) -> None:
         launched.clear()
         test_kernels_attention.check(other)
         assert launched[0] == "forward_kernel"
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(8191, True), (8192, False)])
+def test_places_within_an_example_have_32_bits(rows: int, fits: bool) -> None:
+    shape = 2, rows, 256, 4, 8, 32
+    problem = Problem(shape, 2, 0.2, "bfloat16", has_bias=True, architecture=90)
+    assert attention_pipelined.fits(problem) == fits
