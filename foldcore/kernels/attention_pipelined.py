@@ -288,7 +288,7 @@ def attention_pipelined_kernel(
     fence_async_shared()
     gl.thread_barrier()
     for i in range(count):
-        begin = bias.load(scored) if HAS_BIAS else none
+        begin = bias.load(scored) if HAS_BIAS else none  # type: ignore[union-attr]
         choice = chosen(i, gl.DotOperandLayout(0, scored, 2), ROWS)
         await_copies(1)  # keys
         scores = begin_scores(q, k, masks, choice, begin, HAS_BIAS)
