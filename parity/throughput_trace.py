@@ -219,8 +219,8 @@ def kind_of(name: str) -> str:
 
 @cache
 def _own_kernels() -> dict[str, str]:
-    """Names of the Triton kernels, and the files they are in."""
-    pattern = re.compile(r"^@triton\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
+    """Names of the kernels, in Triton and in Gluon, and the files they are in."""
+    pattern = re.compile(r"^@(?:triton|gluon)\.jit.*\ndef (\w+_kernel)\(", re.MULTILINE)
     return {
         name: path.stem.replace("_", " ")
         for path in sorted(KERNELS.glob("*.py"))

@@ -252,6 +252,7 @@ def test_the_step_is_found_in_real_profiles(tmp_path: Path) -> None:
     [
         ("forward_kernel", "our attention"),
         ("triangle_output_backward_kernel", "our triangle output backward"),
+        ("triangle_product_kernel", "our triangle product"),  # in Gluon
         ("void cublasLt::splitKreduce_kernel<32>(float*)", "matrix products"),
         ("gemm_fusion_dot_12", "matrix products"),
         ("loop_dynamic_update_slice_fusion", "copies"),
