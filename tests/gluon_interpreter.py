@@ -225,6 +225,20 @@ class Machine:
         }
 
 
+class Hasty(Machine):
+    """Waits for copies of a group less."""
+
+    def wait_group(self, left: int) -> None:
+        super().wait_group(left + 1)
+
+
+class Impatient(Machine):
+    """Waits for a product less."""
+
+    def wait(self, left: int, deps: list[Any]) -> Any:
+        return super().wait(left + 1, deps)
+
+
 @contextmanager
 def running(module: ModuleType, machine: Machine) -> Iterator[None]:
     """The functions of the module, and of those that it has some of, in numpy."""

@@ -9,7 +9,7 @@ from foldcore.kernels.attention_pipelined import Steps
 from foldcore.kernels.attention_tiles import Problem, choose
 from foldcore.kernels.launch import Launch
 from tests import gluon_interpreter, kernel_checks, test_kernels_attention
-from tests.gluon_interpreter import Hazard, Machine
+from tests.gluon_interpreter import Hasty, Hazard, Machine
 from tests.test_kernels_attention import Case
 from torchfold import _attention, _triton
 
@@ -45,13 +45,6 @@ def test_results_are_those_of_the_kernel_in_triton(case: Case, steps: Steps) -> 
     for some in (empty, ~empty):
         error = kernel_checks.relative_error(logarithm[some], expected_logarithm[some])
         assert error < 1e-5
-
-
-class Hasty(Machine):
-    """Waits for copies of a group less."""
-
-    def wait_group(self, left: int) -> None:
-        super().wait_group(left + 1)
 
 
 @pytest.mark.parametrize(("case", "steps"), CASES[:2], ids=str)

@@ -8,7 +8,7 @@ from foldcore.kernels import transition_pipelined
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.transition_pipelined import Steps
 from tests import gluon_interpreter, kernel_checks, test_kernels_rows
-from tests.gluon_interpreter import Hazard, Machine
+from tests.gluon_interpreter import Hasty, Hazard, Impatient, Machine
 from torchfold import _rows, _triton, ops
 
 N, C, F = 32, 16, 64
@@ -42,20 +42,6 @@ def test_results(steps: Steps, residual: bool) -> None:
     assert kernel_checks.relative_error(found[0], y) < 5e-3
     assert kernel_checks.relative_error(found[1], hidden) < 5e-3
     assert torch.equal(run(steps, residual, save=False)[0], found[0])
-
-
-class Hasty(Machine):
-    """Waits for copies of a group less."""
-
-    def wait_group(self, left: int) -> None:
-        super().wait_group(left + 1)
-
-
-class Impatient(Machine):
-    """Waits for a product less where one may go on."""
-
-    def wait(self, left: int, deps: list) -> object:
-        return super().wait(left + (left == 1), deps)
 
 
 @pytest.mark.parametrize("steps", STEPS, ids=str)

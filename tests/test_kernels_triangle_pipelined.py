@@ -10,7 +10,7 @@ from foldcore.kernels import triangle, triangle_fold, triangle_output_pipelined,
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.triangle_pipelined import Steps
 from tests import gluon_interpreter, kernel_checks, test_kernels_triangle
-from tests.gluon_interpreter import Hazard, Machine
+from tests.gluon_interpreter import Hasty, Hazard, Impatient, Machine
 from tests.test_kernels_triangle import Case
 from torchfold import _triangle, _triton, ops
 
@@ -93,20 +93,6 @@ def test_masks_that_are_not_binary() -> None:
     found = gluon_interpreter.run(launch, pair, mask, *folded)
     launch = triangle.project(BATCH, RESIDUES**2, C, C, "bfloat16", 0)
     check(found[:2], launch, pair, mask, rstd, *folded)
-
-
-class Hasty(Machine):
-    """Waits for copies of a group less."""
-
-    def wait_group(self, left: int) -> None:
-        super().wait_group(left + 1)
-
-
-class Impatient(Machine):
-    """Waits for a product less."""
-
-    def wait(self, left: int, deps: list) -> object:
-        return super().wait(left + 1, deps)
 
 
 @pytest.mark.parametrize("machine", [Hasty, Impatient])

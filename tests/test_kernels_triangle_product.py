@@ -7,7 +7,7 @@ from torch import Tensor
 from foldcore.kernels import triangle_product
 from foldcore.kernels.launch import Launch
 from tests import gluon_interpreter, test_kernels_triangle
-from tests.gluon_interpreter import Hazard, Machine
+from tests.gluon_interpreter import Hasty, Hazard, Impatient, Machine
 from tests.test_kernels_triangle import Case
 from torchfold import _triangle, _triton
 
@@ -35,20 +35,6 @@ def test_products(turned: tuple[bool, bool], ahead: int) -> None:
     (found,) = gluon_interpreter.run(launch, a, b)
     exact = (a.mT if turned[0] else a).double() @ (b.mT if turned[1] else b).double()
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
-
-
-class Hasty(Machine):
-    """Waits for copies of a group less."""
-
-    def wait_group(self, left: int) -> None:
-        super().wait_group(left + 1)
-
-
-class Impatient(Machine):
-    """Waits for a product less."""
-
-    def wait(self, left: int, deps: list) -> object:
-        return super().wait(left + 1, deps)
 
 
 @pytest.mark.parametrize("machine", [Hasty, Impatient])
