@@ -16,14 +16,14 @@ from torchfold import _triangle, _triton, ops
 
 BATCH, RESIDUES, C = 2, 16, 16
 PROJECT = [
-    Steps(16, 8, 4, 1, ahead=2, programs=2, groups=2, early=False),
-    Steps(32, 8, 4, 1, ahead=1, programs=1, groups=1, early=True),
-    Steps(64, 16, 8, 2, ahead=3, programs=1, groups=1, early=True),
+    Steps(16, 8, 4, ahead=2, programs=2, groups=2),
+    Steps(32, 8, 4, ahead=1, programs=1),
+    Steps(64, 16, 8, ahead=3, programs=1),
 ]
 OUTPUT = [
-    Steps(16, 8, 4, 1, ahead=1, programs=2, groups=1, early=False),
-    Steps(8, 16, 4, 1, ahead=3, programs=1, groups=1, early=True),
-    Steps(16, 8, 8, 2, ahead=2, programs=1, groups=1, early=True),
+    Steps(16, 8, 4, ahead=1, programs=2),
+    Steps(8, 16, 4, ahead=3, programs=1),
+    Steps(16, 8, 8, ahead=2, programs=1),
 ]
 MODULES = triangle_pipelined, triangle_output_pipelined
 KERNELS = {

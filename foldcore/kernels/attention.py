@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels import attention_pipelined
-from foldcore.kernels.attention_tiles import LOG2_E, MASKED, Problem, Tiles, choose
+from foldcore.kernels.attention_tiles import MASKED, Problem, Tiles, choose
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import Launch, cdiv
-from foldcore.kernels.rows import sigmoid
+from foldcore.kernels.rows import LOG2_E, sigmoid
 
 PARTS = tl.constexpr(4)  # query, gate, key, value
 

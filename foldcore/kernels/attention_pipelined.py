@@ -27,9 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from foldcore.kernels.attention_tiles import LOG2_E, MASKED, Problem
+from foldcore.kernels.attention_tiles import MASKED, Problem
 from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.hopper import ARCHITECTURE, tile_in
 from foldcore.kernels.launch import Launch, cdiv
+from foldcore.kernels.rows import LOG2_E
 
 MOST_GROUPS = 16  # of a program: a tile of masks is 16 wide
 
@@ -45,7 +47,6 @@ class Steps:
 # keys, and whether there is a bias -> sizes, of an H200
 SIZES = {(256, True): Steps(64, 16), (128, False): Steps(128, 8)}
 WIDTH = 32
-ARCHITECTURE = 90  # the instructions are Hopper's only
 
 
 # Layouts ------------------------------------------------------------------------------------------
@@ -81,16 +82,6 @@ def key_at(place):
     """Which key is where in shared memory: of each 32, those that are columns 2 c, 2 c + 1 of four
     times 8 columns, one thread's of a product, are neighbours."""
     return (place & -31) + ((place & 6) << 2) + ((place & 24) >> 2)
-
-
-@gluon.jit
-def tile_at(
-    ptr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, layout: gl.constexpr
-):
-    """Pointers to [ROWS, COLUMNS], of rows that are STEP apart."""
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
-    return ptr + (row * STEP + column)
 
 
 # What a program brings to the chip ----------------------------------------------------------------
@@ -154,7 +145,7 @@ def load_bias(bias_ptr, ROWS: gl.constexpr, LENGTH: gl.constexpr):
     """A program's tile of the bias, neighbours of a thread in the order of keys on chip."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, LENGTH, 16])
     wide: gl.constexpr = by_neighbours(ROWS, LENGTH)
-    bias = gl.load(tile_at(bias_ptr, ROWS, LENGTH, LENGTH, wide))
+    bias = gl.load(tile_in(bias_ptr, ROWS, LENGTH, LENGTH, wide))
     bias = gl.permute(bias.reshape([ROWS, LENGTH // 32, 4, 4, 2]), (0, 1, 3, 2, 4))
     return gl.convert_layout(bias.reshape([ROWS, LENGTH]), mma, assert_trivial=True)
 
@@ -219,7 +210,7 @@ def store_output(ptr, output, STEP: gl.constexpr):
     """Written 16 bytes at a time, exchanged within a warp."""
     wide: gl.constexpr = by_neighbours(output.shape[0], output.shape[1])
     output = gl.convert_layout(output.to(gl.bfloat16), wide)
-    gl.store(tile_at(ptr, output.shape[0], output.shape[1], STEP, wide), output)
+    gl.store(tile_in(ptr, output.shape[0], output.shape[1], STEP, wide), output)
 
 
 @gluon.jit
@@ -293,7 +284,7 @@ def attention_pipelined_kernel(
         await_copies(1)  # keys
         scores = begin_scores(q, k, masks, choice, begin, HAS_BIAS)
         gate_ptr = ptr + i * ahead * (4 * CHANNELS) + (start * STRIDE + CHANNELS)
-        gate = gl.load(tile_at(gate_ptr, ROWS, WIDTH, STRIDE, valued))
+        gate = gl.load(tile_in(gate_ptr, ROWS, WIDTH, STRIDE, valued))
         next_ptr = ptr + (i + 1) * ahead * (4 * CHANNELS)
         wanted = gl.to_tensor(i + 1 < count)
         scores = warpgroup_mma_wait(0, deps=[scores])

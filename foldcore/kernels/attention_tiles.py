@@ -8,7 +8,6 @@ import triton.language as tl
 
 from foldcore.kernels.launch import INTERPRETER, Output, next_power_of_2
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 # The logit of a masked key. So low that adding it to any other logit gives this very number: a
 # query without any key attends to all alike. A power of 2, which is exact in bfloat16 as well.
 MASKED = tl.constexpr(-(2.0**100))

@@ -14,6 +14,7 @@ from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv, next_power_of_2
 
 EPS = tl.constexpr(1e-5)  # added to the variance
+LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_BLOCK = 16  # the tensor cores take no less
 
 
@@ -63,7 +64,7 @@ def block(c: int) -> int:
 @triton.jit
 def sigmoid(x):
     # 1 / y as the square of 1 / sqrt(y): two instructions, a division takes seven
-    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
     return root * root
 
 

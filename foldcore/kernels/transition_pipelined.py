@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.hopper import ARCHITECTURE, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
 
 
@@ -42,17 +43,6 @@ class Steps:
 
 # channels -> sizes, of an H200
 SIZES = {64: Steps(128, 64, 4, 2), 128: Steps(128, 64, 4, 2), 256: Steps(128, 64, 8, 2)}
-ARCHITECTURE = 90  # the instructions are Hopper's only
-
-
-@gluon.jit
-def tile_at(ptr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr):
-    """Pointers to [ROWS, COLUMNS], of rows that are STEP apart; a thread has 8 in a row."""
-    WIDE: gl.constexpr = COLUMNS // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [gl.num_warps(), 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
-    return ptr + (row * STEP + column)
 
 
 @gluon.jit
@@ -80,12 +70,9 @@ def activated(h, bias, hidden_ptr, F: gl.constexpr, SAVE: gl.constexpr, OPERAND:
 @gluon.jit
 def copy_first(step, weights_ptr, places, F: gl.constexpr):
     """Begin to copy the first layer's weights [c, f] of a step, if there is such a step."""
-    C: gl.constexpr = places.shape[1]
     BLOCK_F: gl.constexpr = places.shape[2]
-    at = tile_at(weights_ptr + step * BLOCK_F, C, BLOCK_F, F)
-    wanted = gl.to_tensor(step < F // BLOCK_F)
     place = places.index(step % places.shape[0])
-    async_copy.async_copy_global_to_shared(place, at, mask=wanted)
+    copy_tile(weights_ptr + step * BLOCK_F, place, step < F // BLOCK_F, F)
 
 
 @gluon.jit
@@ -93,10 +80,8 @@ def copy_second(step, weights_ptr, places, F: gl.constexpr):
     """The same for the second layer's [f, c]."""
     BLOCK_F: gl.constexpr = places.shape[1]
     C: gl.constexpr = places.shape[2]
-    at = tile_at(weights_ptr + step * (BLOCK_F * C), BLOCK_F, C, C)
-    wanted = gl.to_tensor(step < F // BLOCK_F)
     place = places.index(step % places.shape[0])
-    async_copy.async_copy_global_to_shared(place, at, mask=wanted)
+    copy_tile(weights_ptr + step * (BLOCK_F * C), place, step < F // BLOCK_F, C)
 
 
 @gluon.jit

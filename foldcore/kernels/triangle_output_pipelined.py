@@ -15,13 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.hopper import ARCHITECTURE, channels_of, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.transition_pipelined import tile_at
+from foldcore.kernels.rows import LOG2_E
 from foldcore.kernels.triangle_pipelined import (
-    ARCHITECTURE,
     Steps,
     constants,
-    copy_tile,
     reciprocal,
     row_moments,
     share,
@@ -29,20 +28,9 @@ from foldcore.kernels.triangle_pipelined import (
 
 # channels -> sizes, of an H200
 SIZES = {
-    64: Steps(64, 64, 4, 1, ahead=2, programs=2, groups=1, early=False),
-    128: Steps(64, 32, 4, 1, ahead=1, programs=2, groups=1, early=False),
+    64: Steps(64, 64, 4, ahead=2, programs=2),
+    128: Steps(64, 32, 4, ahead=1, programs=2),
 }
-
-
-@gluon.jit
-def channels_of(x, COLUMNS: gl.constexpr):
-    """[rows, c] as a tuple of [rows, COLUMNS], without moving anything."""
-    if x.shape[1] == COLUMNS:
-        return (x,)
-    else:
-        halves = gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1))
-        low, high = gl.split(halves)
-        return channels_of(low, COLUMNS) + channels_of(high, COLUMNS)
 
 
 @gluon.jit
@@ -95,18 +83,17 @@ def finish_output(
     place,
     none,
     C: gl.constexpr,
-    MORE: gl.constexpr,
 ):
-    """Write a chunk's results, [positions, channels]; MORE products may have been begun."""
+    """Write a chunk's results, [positions, channels]."""
     column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
-    gate_bias = gl.load(bias_ptrs[0] + column)[None, :] * -1.4426950408889634
+    gate_bias = gl.load(bias_ptrs[0] + column)[None, :] * -LOG2_E
     update_bias = gl.load(bias_ptrs[1] + column)[None, :]
     power_scale, center_rstd = scales
-    gate = warpgroup_mma_wait(MORE + 1, deps=[products[0]])
+    gate = warpgroup_mma_wait(1, deps=[products[0]])
     gate = reciprocal(1.0 + gl.exp2(gate * power_scale + gate_bias))
     if factor is not None:
         gate *= factor
-    update = warpgroup_mma_wait(MORE, deps=[products[1]])
+    update = warpgroup_mma_wait(0, deps=[products[1]])
     update = (update * center_rstd + update_bias) * gate
     if x is not None:
         update += gl.convert_layout(x, none.type.layout).to(gl.float32)
@@ -124,7 +111,6 @@ def finish_tile(
     to_ptr,
     kept,  # weights of gates and updates, factors, biases, places for chunks in turn, zeros
     RESIDUAL: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """All chunks of a tile, the first of which has been begun."""
     weights, factors, bias_ptrs, places, none = kept
@@ -134,11 +120,8 @@ def finish_tile(
     if RESIDUAL:
         residuals = channels_of(operands[0], COLUMNS)
     for chunk in gl.static_range(CHUNKS):
-        current = products
-        if EARLY and chunk + 1 < CHUNKS:
-            products = begin_output(*operands, *weights, none, chunk + 1)
         finish_output(
-            current,
+            products,
             residuals[chunk],
             factors[chunk],
             scales,
@@ -147,9 +130,8 @@ def finish_tile(
             places[chunk % 2],
             none,
             CHUNKS * COLUMNS,
-            2 if EARLY and chunk + 1 < CHUNKS else 0,
         )
-        if not EARLY and chunk + 1 < CHUNKS:
+        if chunk + 1 < CHUNKS:
             products = begin_output(*operands, *weights, none, chunk + 1)
 
 
@@ -175,15 +157,11 @@ def triangle_output_pipelined_kernel(
     BLOCKS: gl.constexpr,  # of j, of all examples
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """Programs: block of an example's j, then group of i."""
     await_previous()
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps() // SPLIT, SPLIT], [16, COLUMNS // SPLIT, 16]
-    )
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     narrow: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS if COLUMNS < 64 else 128, 16, 2)
@@ -230,9 +208,9 @@ def triangle_output_pipelined_kernel(
         mean, center_rstd = row_moments(z, H, mma)
         gl.store(center_mean_ptr + i * J + row, mean)
         gl.store(center_rstd_ptr + i * J + row, center_rstd)
-        scales = (rstd * -1.4426950408889634)[:, None], center_rstd[:, None]
+        scales = (rstd * -LOG2_E)[:, None], center_rstd[:, None]
         to_ptr = out_ptr + ((example * I + i) * J + j) * C
-        finish_tile(products, (x, z), scales, to_ptr, kept, RESIDUAL, EARLY)
+        finish_tile(products, (x, z), scales, to_ptr, kept, RESIDUAL)
     async_copy.wait_group(0)
 
 

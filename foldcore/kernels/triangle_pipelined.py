@@ -25,8 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.hopper import ARCHITECTURE, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.transition_pipelined import tile_at
+from foldcore.kernels.rows import LOG2_E
 from foldcore.kernels.turns import MULTIPROCESSORS
 
 
@@ -37,26 +38,16 @@ class Steps:
     rows: int  # positions of a tile
     columns: int  # channels of a chunk
     num_warps: int
-    split: int  # of a chunk's channels among warps; the others share its positions
     ahead: int  # tiles on their way
     programs: int  # on each multiprocessor
-    groups: int  # programs that share all channels of a tile
-    early: bool  # whether the next chunk's products begin before sigmoids are computed
+    groups: int = 1  # programs that share all channels of a tile; of projections
 
 
 # channels -> sizes, of an H200
 SIZES = {
-    64: Steps(64, 32, 4, 1, ahead=3, programs=3, groups=1, early=False),
-    128: Steps(64, 64, 4, 1, ahead=2, programs=2, groups=2, early=False),
+    64: Steps(64, 32, 4, ahead=3, programs=3),
+    128: Steps(64, 64, 4, ahead=2, programs=2, groups=2),
 }
-ARCHITECTURE = 90  # the instructions are Hopper's only
-
-
-@gluon.jit
-def copy_tile(ptr, place, wanted, STEP: gl.constexpr):
-    """Begin to copy a tile, if it is wanted."""
-    at = tile_at(ptr, place.shape[0], place.shape[1], STEP)
-    async_copy.async_copy_global_to_shared(place, at, mask=gl.to_tensor(wanted))
 
 
 @gluon.jit
@@ -106,17 +97,16 @@ def finish_project(
     none,
     P: gl.constexpr,
     H: gl.constexpr,
-    MORE: gl.constexpr,
 ):
-    """Write a chunk's gated values, [channels, positions]; MORE products may have been begun."""
+    """Write a chunk's gated values, [channels, positions]."""
     column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
     value_bias = gl.load(bias_ptr + column)[None, :]
-    gate_bias = gl.load(bias_ptr + H + column)[None, :] * -1.4426950408889634
+    gate_bias = gl.load(bias_ptr + H + column)[None, :] * -LOG2_E
     rstd, power_scale, inverse_mask = scales
-    gate = warpgroup_mma_wait(MORE + 1, deps=[products[0]])
+    gate = warpgroup_mma_wait(1, deps=[products[0]])
     gate = gl.exp2(gate * power_scale + gate_bias)
     gate = reciprocal(gate * inverse_mask + inverse_mask)
-    value = warpgroup_mma_wait(MORE, deps=[products[1]])
+    value = warpgroup_mma_wait(0, deps=[products[1]])
     value = (value * rstd + value_bias) * gate
     place.permute((1, 0)).store(value.to(gl.bfloat16))
     to = tile_at(to_ptr, place.shape[0], place.shape[1], P)
@@ -136,18 +126,14 @@ def finish_tile(
     none,
     P: gl.constexpr,
     H: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """All chunks of a tile, left's and then right's, the first of which has been begun."""
     CHUNKS: gl.constexpr = weights.shape[0] // 2
     COLUMNS: gl.constexpr = weights.shape[2]
     for chunk in gl.static_range(CHUNKS):
-        current = products
-        if EARLY and chunk + 1 < CHUNKS:
-            products = begin_project(x, weights, none, chunk + 1)
         start = chunk % (CHUNKS // 2) * COLUMNS
         finish_project(
-            current,
+            products,
             scales,
             bias_ptr + chunk // (CHUNKS // 2) * (2 * H) + start,
             (to_ptrs[0] if chunk < CHUNKS // 2 else to_ptrs[1]) + start * P,
@@ -155,9 +141,8 @@ def finish_tile(
             none,
             P,
             H,
-            2 if EARLY and chunk + 1 < CHUNKS else 0,
         )
-        if not EARLY and chunk + 1 < CHUNKS:
+        if chunk + 1 < CHUNKS:
             products = begin_project(x, weights, none, chunk + 1)
 
 
@@ -177,15 +162,11 @@ def triangle_project_pipelined_kernel(
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
-    SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """Programs: some of left's channels and the same of right's; then group of tiles."""
     await_previous()
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps() // SPLIT, SPLIT], [16, COLUMNS // SPLIT, 16]
-    )
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 16])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     narrow: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS if COLUMNS < 64 else 128, 16, 2)
     PARTS: gl.constexpr = H // GROUPS // COLUMNS
@@ -225,12 +206,12 @@ def triangle_project_pipelined_kernel(
             gl.store(rstd_ptr + tile * ROWS + row, rstd)
         # sigmoid times mask = 1 / (inverse + inverse 2^power), which is 0 where the mask is
         inverse_mask = gl.where(mask == 0.0, 3e38, reciprocal(mask))
-        scales = rstd[:, None], (rstd * -1.4426950408889634)[:, None], inverse_mask[:, None]
+        scales = rstd[:, None], (rstd * -LOG2_E)[:, None], inverse_mask[:, None]
         example = tile // (P // ROWS)
         to = (example * H + channel) * P + tile % (P // ROWS) * ROWS
         to_ptrs = left_ptr + to, right_ptr + to
         at = folded_bias_ptr + channel
-        finish_tile(products, x, weights, scales, at, to_ptrs, (even, odd), none, P, H, EARLY)
+        finish_tile(products, x, weights, scales, at, to_ptrs, (even, odd), none, P, H)
     async_copy.wait_group(0)
 
 
@@ -263,12 +244,6 @@ def share(turns: int, parts: int, steps: Steps) -> int:
     return min(turns, max(1, MULTIPROCESSORS * steps.programs // parts))
 
 
-def constants(steps: Steps) -> dict[str, int | bool]:
+def constants(steps: Steps) -> dict[str, int]:
     """What both kernels know of their sizes."""
-    return {
-        "ROWS": steps.rows,
-        "COLUMNS": steps.columns,
-        "SPLIT": steps.split,
-        "AHEAD": steps.ahead,
-        "EARLY": steps.early,
-    }
+    return {"ROWS": steps.rows, "COLUMNS": steps.columns, "AHEAD": steps.ahead}

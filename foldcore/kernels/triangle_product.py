@@ -21,10 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foldcore.kernels.dependent import await_previous
+from foldcore.kernels.hopper import ARCHITECTURE, channels_of, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.transition_pipelined import tile_at
-from foldcore.kernels.triangle_output_pipelined import channels_of
-from foldcore.kernels.triangle_pipelined import ARCHITECTURE, copy_tile
 from foldcore.kernels.turns import MULTIPROCESSORS
 
 # of an H200: tiles of results, steps, how many steps are on chip at once

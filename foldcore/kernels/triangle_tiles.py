@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.rows import EPS, product
+from foldcore.kernels.rows import EPS, LOG2_E, product
 from foldcore.kernels.turns import Turns
 
 
@@ -116,7 +116,7 @@ def scaled_sigmoid(x, scale, bias):
 @triton.jit
 def power(x, scale, bias):
     """The power of 2 that is exp(-x scale - bias): the factor goes to the fewer numbers."""
-    return x * (scale * -1.4426950408889634) + bias * -1.4426950408889634
+    return x * (scale * -LOG2_E) + bias * -LOG2_E
 
 
 @triton.jit
