@@ -17,10 +17,12 @@ from foldcore.config import (
     TrainConfig,
 )
 from foldcore.data.loader import open_loader
-from parity.case import Setting, draw
+from parity.case import Setting, draw, rounded
 from parity.tracks import JAX, Arrays, Track, to_numpy
 
 SPREAD = 0.2  # of weights that start at zero, in units of 1 / sqrt(fan-in)
+ANGLES = "structure_module/fold_iteration/rigid_sidechain/unnormalized_angles//"
+TURN = 0.25  # of the initial weights of raw torsions, beside offsets of length 1
 SECTIONS = ("params", "mu", "nu", "ema")
 
 SMALL = Config(
@@ -93,7 +95,18 @@ def some_way_on(config: Config) -> Arrays:
 
     network = JAX.step.Network(replace(config.model, dtype="float32"))
     named = network.layout.unflatten(network.initialize(config.train.seed))
-    return {name: moved(name, array) for name, array in named.items()}
+    return {name: moved(name, array) for name, array in named.items()} | _torsions(named)
+
+
+def _torsions(named: Arrays) -> Arrays:
+    """Parameters that make raw (sin, cos) about as long as training does: 1.
+
+    These are divided by their length, so that gradients grow as its inverse. Initial parameters
+    leave some of thousands close to zero, where a little noise decides how large all gradients are.
+    """
+    weights, offset = named[f"{ANGLES}weights"], draw(f"{ANGLES}bias", (7, 2))
+    offset /= np.linalg.norm(offset, axis=-1, keepdims=True)
+    return {f"{ANGLES}weights": weights * TURN, f"{ANGLES}bias": rounded(offset.ravel())}
 
 
 def batches(config: Config) -> Iterator[Arrays]:
