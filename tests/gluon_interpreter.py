@@ -122,15 +122,29 @@ def reciprocal(x: Tile) -> Tile:
     return tile(np.where(abs(result) < np.finfo(np.float32).tiny, 0.0, result))
 
 
+def pack(low: Tile, high: Tile) -> Tile:
+    """The upper halves of two numbers."""
+    low, high = (np.asarray(x, np.float32).view(np.uint32) for x in (low, high))
+    return tile(low >> 16 | high & 0xFFFF0000)
+
+
+def unpack(x: Tile) -> tuple[Tile, ...]:
+    halves = np.asarray(x) << 16, np.asarray(x) & 0xFFFF0000
+    return tuple(tile(half.astype(np.uint32).view(np.float32)) for half in halves)
+
+
 # what instructions that kernels name themselves do
-ASSEMBLY: dict[str, Callable[..., Any]] = {"lg2": np.log2, "rcp": reciprocal}
+ASSEMBLY: dict[str, Callable[..., Any]] = {
+    "lg2.approx.ftz.f32 $0, $1;": np.log2,
+    "rcp.approx.ftz.f32 $0, $1;": reciprocal,
+    "prmt.b32 $0, $1, $2, 0x7632;": pack,
+    "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;": unpack,
+}
 
 
-def assembled(assembly: str, constraints: str, arguments: list[Tile], *_: Any, **__: Any) -> Tile:
-    """A single instruction, of one argument."""
-    instruction, kind = assembly.split(".", 1)
-    assert kind == "approx.ftz.f32 $0, $1;", assembly
-    return tile(ASSEMBLY[instruction](*arguments))
+def assembled(assembly: str, constraints: str, arguments: list[Tile], *_: Any, **__: Any) -> Any:
+    found = ASSEMBLY[assembly](*arguments)
+    return found if isinstance(found, tuple) else tile(found)
 
 
 class Machine:
@@ -200,6 +214,8 @@ class Machine:
             permute=lambda x, order: tile(x.transpose(order)),
             reshape=lambda x, shape: tile(x.reshape(shape)),
             split=lambda x: (tile(x[..., 0]), tile(x[..., 1])),
+            join=lambda x, y: tile(np.stack([x, y], -1)),
+            int32=np.int32,
             load=load,
             store=lambda at, x, **hints: at.array.__setitem__(at.index, x),
             convert_layout=lambda x, layout, **checks: x,

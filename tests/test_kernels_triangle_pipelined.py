@@ -85,6 +85,21 @@ def test_outputs(steps: Steps, kind: tuple[bool, bool]) -> None:
     check(found, triangle.output(BATCH, shape, C, C, "bfloat16", 0, *kind), *given)
 
 
+def test_factors_of_any_kind() -> None:
+    """Those of a row that differ are rounded; those of a row, or of a chunk, may all be 0."""
+    _, given = inputs()
+    factor = given[2] * torch.linspace(-2, 2, given[2].numel()).view_as(given[2])
+    factor[0, 0, 3] = 0
+    factor[:, 0, 4:8, : OUTPUT[0].columns] = 0
+    given[2], shape = factor, (RESIDUES, RESIDUES)
+    launch = triangle_output_pipelined.output(BATCH, shape, C, C, True, False, OUTPUT[0])
+    found = gluon_interpreter.run(launch, *given)[0]
+    launch = triangle.output(BATCH, shape, C, C, "bfloat16", 0, True, False)
+    expected = _triton.call(launch, *given)[0]
+    assert kernel_checks.relative_error(found, expected.double()) < 5e-3
+    assert not found.view(BATCH, RESIDUES, RESIDUES, C)[0, :, 3].any()
+
+
 def test_masks_that_are_not_binary() -> None:
     """What the gate's reciprocal makes of them."""
     (pair, mask, *folded), (*_, rstd, _, _, _, _) = inputs()

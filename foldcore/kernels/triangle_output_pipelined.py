@@ -29,20 +29,64 @@ from foldcore.kernels.triangle_pipelined import (
 # channels -> sizes, of an H200
 SIZES = {
     64: Steps(64, 64, 4, ahead=2, programs=2),
-    128: Steps(64, 32, 4, ahead=1, programs=2),
+    128: Steps(64, 64, 4, ahead=1, programs=2),
 }
 
 
 @gluon.jit
-def factors_of(
-    factor_ptr, row, column, C: gl.constexpr, COLUMNS: gl.constexpr, START: gl.constexpr
-):
-    """[rows, c] of dropout's factors, from a column on, as a tuple of [rows, COLUMNS]."""
+def pack(x):
+    """Numbers [rows, n] that bfloat16 has, two in 32 bits: [rows, n / 2]."""
+    low, high = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpack(x):
+    """[rows, n] float32. Each time anew, for the compiler has no registers to keep them."""
+    low, high = gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        "=r,=r,r",
+        [x],
+        dtype=(gl.float32, gl.float32),
+        is_pure=False,
+        pack=1,
+    )
+    return gl.reshape(gl.join(low, high), [x.shape[0], x.shape[1] * 2])
+
+
+@gluon.jit
+def largest_factors(factor_ptr, row, column, C: gl.constexpr, START: gl.constexpr):
+    """Of each row, from a column on."""
+    COLUMNS: gl.constexpr = column.shape[0]
     some = gl.load(factor_ptr + START + (row[:, None] * C + column[None, :]))
+    largest = gl.max(gl.maximum(some, -some), 1)
     if START + COLUMNS == C:
-        return (some,)
+        return largest
     else:
-        return (some,) + factors_of(factor_ptr, row, column, C, COLUMNS, START + COLUMNS)
+        return gl.maximum(largest, largest_factors(factor_ptr, row, column, C, START + COLUMNS))
+
+
+@gluon.jit
+def packed_factors(factor_ptr, row, column, inverse, C: gl.constexpr, START: gl.constexpr):
+    """Dropout's factors [rows, c], from a column on, as shares of each row's largest: packed, a
+    tuple of [rows, columns / 2]. Shares are 0 and 1, or are rounded."""
+    COLUMNS: gl.constexpr = column.shape[0]
+    some = gl.load(factor_ptr + START + (row[:, None] * C + column[None, :]))
+    share = pack((some * inverse).to(gl.bfloat16).to(gl.float32))
+    if START + COLUMNS == C:
+        return (share,)
+    else:
+        return (share,) + packed_factors(factor_ptr, row, column, inverse, C, START + COLUMNS)
+
+
+@gluon.jit
+def factors_of(factor_ptr, row, column, C: gl.constexpr):
+    """As gates take them: packed shares; the inverse of each row's largest, of which they are."""
+    largest = largest_factors(factor_ptr, row, column, C, 0)
+    inverse = gl.where(largest == 0.0, 3e38, reciprocal(largest))[:, None]
+    return packed_factors(factor_ptr, row, column, inverse, C, 0), inverse
 
 
 @gluon.jit
@@ -76,7 +120,7 @@ def begin_output(x, z, gates, updates, none, CHUNK: gl.constexpr):
 def finish_output(
     products,
     x,  # the chunk's residual, or None
-    factor,  # the chunk's, or None
+    factor,  # the chunk's, packed, or None
     scales,
     bias_ptrs,
     to_ptr,
@@ -88,11 +132,11 @@ def finish_output(
     column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
     gate_bias = gl.load(bias_ptrs[0] + column)[None, :] * -LOG2_E
     update_bias = gl.load(bias_ptrs[1] + column)[None, :]
-    power_scale, center_rstd = scales
+    power_scale, center_rstd, inverse = scales
     gate = warpgroup_mma_wait(1, deps=[products[0]])
-    gate = reciprocal(1.0 + gl.exp2(gate * power_scale + gate_bias))
+    gate = reciprocal(inverse + inverse * gl.exp2(gate * power_scale + gate_bias))
     if factor is not None:
-        gate *= factor
+        gate *= gl.convert_layout(unpack(factor), none.type.layout, assert_trivial=True)
     update = warpgroup_mma_wait(0, deps=[products[1]])
     update = (update * center_rstd + update_bias) * gate
     if x is not None:
@@ -184,9 +228,9 @@ def triangle_output_pipelined_kernel(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
     none = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-    factors = (None,) * CHUNKS
+    factors, inverse = (None,) * CHUNKS, 1.0
     if HAS_FACTOR:
-        factors = factors_of(factor_ptr + (example * J + j) * C, row, column, C, COLUMNS, 0)
+        factors, inverse = factors_of(factor_ptr + (example * J + j) * C, row, column, C)
     biases = folded_bias_ptr + 4 * H, output_folded_bias_ptr
     kept = (gates, updates), factors, biases, (even, odd), none
     row += example * I * J + j
@@ -208,7 +252,7 @@ def triangle_output_pipelined_kernel(
         mean, center_rstd = row_moments(z, H, mma)
         gl.store(center_mean_ptr + i * J + row, mean)
         gl.store(center_rstd_ptr + i * J + row, center_rstd)
-        scales = (rstd * -LOG2_E)[:, None], center_rstd[:, None]
+        scales = (rstd * -LOG2_E)[:, None], center_rstd[:, None], inverse
         to_ptr = out_ptr + ((example * I + i) * J + j) * C
         finish_tile(products, (x, z), scales, to_ptr, kept, RESIDUAL)
     async_copy.wait_group(0)
