@@ -193,6 +193,7 @@ class Machine:
         nothing = lambda *args, **kwargs: None  # noqa: E731
         layouts = "BlockedLayout SliceLayout NVMMADistributedLayout NVMMASharedLayout"
         layouts += " DotOperandLayout DistributedLinearLayout SharedLinearLayout"
+        layouts += " SwizzledSharedLayout"
         return SimpleNamespace(
             **dict.fromkeys(layouts.split(), nothing),
             **{"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "int64": np.int64},

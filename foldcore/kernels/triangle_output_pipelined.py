@@ -1,8 +1,8 @@
 """Triangle multiplication after the product, for Hopper, in order by hand (Gluon).
 
 What ``triangle.output`` does. Tiles of pair and product go into registers, as the operands that
-they are; there the product's channels are summed and the residual is added. See
-``triangle_pipelined``, which this is the counterpart of.
+they are; there the product's channels are summed and the residual is added. Dropout's factors stay
+in registers, two in one. See ``triangle_pipelined``, which this is the counterpart of.
 """
 
 from triton.experimental import gluon
@@ -91,13 +91,32 @@ def factors_of(factor_ptr, row, column, C: gl.constexpr):
 
 @gluon.jit
 def copy_outputs(gate_ptr, update_ptr, gates, updates, STEP: gl.constexpr):
-    """Begin to copy the weights of each chunk: of the gates, from the pair, and of the update."""
+    """Begin to copy the weights of each chunk: of the gates, from the pair, and of the updates."""
     CHUNKS: gl.constexpr = gates.shape[0]
     COLUMNS: gl.constexpr = gates.shape[2]
     for i in gl.static_range(CHUNKS):
         copy_tile(gate_ptr + i * COLUMNS, gates.index(i), True, STEP)
         copy_tile(update_ptr + i * COLUMNS, updates.index(i), True, CHUNKS * COLUMNS)
     async_copy.commit_group()
+
+
+@gluon.jit
+def hold_biases(
+    gate_ptr,
+    update_ptr,
+    C: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Those of all chunks, in shared memory: gates', as parts of powers of 2; then updates'."""
+    CHUNKS: gl.constexpr = C // COLUMNS
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    biases = gl.allocate_shared_memory(gl.float32, [2 * CHUNKS, COLUMNS], plain)
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
+    for i in gl.static_range(CHUNKS):
+        biases.index(i).store(gl.load(gate_ptr + i * COLUMNS + column) * -LOG2_E)
+        biases.index(CHUNKS + i).store(gl.load(update_ptr + i * COLUMNS + column))
+    return biases
 
 
 @gluon.jit
@@ -122,23 +141,23 @@ def finish_output(
     x,  # the chunk's residual, or None
     factor,  # the chunk's, packed, or None
     scales,
-    bias_ptrs,
+    gate_bias,
+    update_bias,
     to_ptr,
     place,
     none,
     C: gl.constexpr,
 ):
     """Write a chunk's results, [positions, channels]."""
-    column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
-    gate_bias = gl.load(bias_ptrs[0] + column)[None, :] * -LOG2_E
-    update_bias = gl.load(bias_ptrs[1] + column)[None, :]
+    columns: gl.constexpr = gl.SliceLayout(0, none.type.layout)
     power_scale, center_rstd, inverse = scales
     gate = warpgroup_mma_wait(1, deps=[products[0]])
-    gate = reciprocal(inverse + inverse * gl.exp2(gate * power_scale + gate_bias))
+    gate = gl.exp2(gate * power_scale + gate_bias.load(columns)[None, :])
+    gate = reciprocal(inverse + inverse * gate)
     if factor is not None:
         gate *= gl.convert_layout(unpack(factor), none.type.layout, assert_trivial=True)
     update = warpgroup_mma_wait(0, deps=[products[1]])
-    update = (update * center_rstd + update_bias) * gate
+    update = (update * center_rstd + update_bias.load(columns)[None, :]) * gate
     if x is not None:
         update += gl.convert_layout(x, none.type.layout).to(gl.float32)
     place.store(update.to(gl.bfloat16))
@@ -157,7 +176,7 @@ def finish_tile(
     RESIDUAL: gl.constexpr,
 ):
     """All chunks of a tile, the first of which has been begun."""
-    weights, factors, bias_ptrs, places, none = kept
+    weights, factors, biases, places, none = kept
     CHUNKS: gl.constexpr = weights[0].shape[0]
     COLUMNS: gl.constexpr = weights[0].shape[2]
     residuals = (None,) * CHUNKS
@@ -169,7 +188,8 @@ def finish_tile(
             residuals[chunk],
             factors[chunk],
             scales,
-            (bias_ptrs[0] + chunk * COLUMNS, bias_ptrs[1] + chunk * COLUMNS),
+            biases.index(chunk),
+            biases.index(CHUNKS + chunk),
             to_ptr + chunk * COLUMNS,
             places[chunk % 2],
             none,
@@ -231,7 +251,7 @@ def triangle_output_pipelined_kernel(
     factors, inverse = (None,) * CHUNKS, 1.0
     if HAS_FACTOR:
         factors, inverse = factors_of(factor_ptr + (example * J + j) * C, row, column, C)
-    biases = folded_bias_ptr + 4 * H, output_folded_bias_ptr
+    biases = hold_biases(folded_bias_ptr + 4 * H, output_folded_bias_ptr, C, COLUMNS, mma)
     kept = (gates, updates), factors, biases, (even, odd), none
     row += example * I * J + j
     next_rstd = gl.load(rstd_ptr + first * J + row)

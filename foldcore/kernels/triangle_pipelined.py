@@ -3,9 +3,9 @@
 What ``triangle`` does, and the standard deviations of the pair, with fewer instructions and waits.
 A tile of the pair goes into registers once: there it is the operand of products with all channels
 of the program, some at a time, and what its standard deviations come from. Its place on chip is
-free at once for a later tile. Results are turned around by whole matrices on their way to memory.
-Two programs share a processor; the products of one run while the other computes sigmoids. What
-follows the product is in ``triangle_output_pipelined``.
+free at once for a later tile. Weights and biases stay on chip. Results are turned around by whole
+matrices on their way to memory. Two programs share a processor; the products of one run while the
+other computes sigmoids. What follows the product is in ``triangle_output_pipelined``.
 
 Sizes that these kernels do not take are left to ``triangle``. ``tests/gluon_interpreter.py`` runs
 them without a GPU, and finds what they read too early or overwrite too soon.
@@ -46,7 +46,7 @@ class Steps:
 # channels -> sizes, of an H200
 SIZES = {
     64: Steps(64, 32, 4, ahead=3, programs=3),
-    128: Steps(64, 64, 4, ahead=2, programs=2, groups=2),
+    128: Steps(64, 64, 4, ahead=1, programs=2, groups=2),
 }
 
 
@@ -67,16 +67,40 @@ def row_moments(x, C: gl.constexpr, mma: gl.constexpr):
     return mean, gl.rsqrt(gl.maximum(squares / C - mean * mean, 0.0) + 1e-5)
 
 
+@gluon.constexpr_function
+def chunk_start(i: int, matrices: int, columns: int, h: int) -> int:
+    """Where a matrix begins among folded columns: values and gates of each chunk of left, side by
+    side; then of right."""
+    chunks = matrices // 4
+    return i // (2 * chunks) * (2 * h) + i % 2 * h + i // 2 % chunks * columns
+
+
 @gluon.jit
 def copy_projections(folded_ptr, weights, H: gl.constexpr, STEP: gl.constexpr):
-    """Begin to copy values and gates of each chunk of left, side by side; then of right."""
+    """Begin to copy all matrices of a program."""
     MATRICES: gl.constexpr = weights.shape[0]
-    CHUNKS: gl.constexpr = MATRICES // 4
     for i in gl.static_range(MATRICES):
-        side = i // (2 * CHUNKS) * (2 * H)
-        part = i // 2 % CHUNKS * weights.shape[2]
-        copy_tile(folded_ptr + (side + i % 2 * H + part), weights.index(i), True, STEP)
+        start = chunk_start(i, MATRICES, weights.shape[2], H)
+        copy_tile(folded_ptr + start, weights.index(i), True, STEP)
     async_copy.commit_group()
+
+
+@gluon.jit
+def hold_biases(
+    folded_bias_ptr,
+    MATRICES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    H: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Those of the same columns, in shared memory; gates' are parts of powers of 2."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    biases = gl.allocate_shared_memory(gl.float32, [MATRICES, COLUMNS], plain)
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
+    for i in gl.static_range(MATRICES):
+        bias = gl.load(folded_bias_ptr + chunk_start(i, MATRICES, COLUMNS, H) + column)
+        biases.index(i).store(bias * -LOG2_E if i % 2 == 1 else bias)
+    return biases
 
 
 @gluon.jit
@@ -91,23 +115,21 @@ def begin_project(x, weights, none, CHUNK: gl.constexpr):
 def finish_project(
     products,
     scales,
-    bias_ptr,
+    value_bias,
+    gate_bias,
     to_ptr,
     place,
     none,
     P: gl.constexpr,
-    H: gl.constexpr,
 ):
     """Write a chunk's gated values, [channels, positions]."""
-    column = gl.arange(0, none.shape[1], layout=gl.SliceLayout(0, none.type.layout))
-    value_bias = gl.load(bias_ptr + column)[None, :]
-    gate_bias = gl.load(bias_ptr + H + column)[None, :] * -LOG2_E
+    columns: gl.constexpr = gl.SliceLayout(0, none.type.layout)
     rstd, power_scale, inverse_mask = scales
     gate = warpgroup_mma_wait(1, deps=[products[0]])
-    gate = gl.exp2(gate * power_scale + gate_bias)
+    gate = gl.exp2(gate * power_scale + gate_bias.load(columns)[None, :])
     gate = reciprocal(gate * inverse_mask + inverse_mask)
     value = warpgroup_mma_wait(0, deps=[products[1]])
-    value = (value * rstd + value_bias) * gate
+    value = (value * rstd + value_bias.load(columns)[None, :]) * gate
     place.permute((1, 0)).store(value.to(gl.bfloat16))
     to = tile_at(to_ptr, place.shape[0], place.shape[1], P)
     gl.thread_barrier()
@@ -120,12 +142,11 @@ def finish_tile(
     x,
     weights,
     scales,
-    bias_ptr,
+    biases,
     to_ptrs,
     places,  # for chunks in turn
     none,
     P: gl.constexpr,
-    H: gl.constexpr,
 ):
     """All chunks of a tile, left's and then right's, the first of which has been begun."""
     CHUNKS: gl.constexpr = weights.shape[0] // 2
@@ -135,12 +156,12 @@ def finish_tile(
         finish_project(
             products,
             scales,
-            bias_ptr + chunk // (CHUNKS // 2) * (2 * H) + start,
+            biases.index(2 * chunk),
+            biases.index(2 * chunk + 1),
             (to_ptrs[0] if chunk < CHUNKS // 2 else to_ptrs[1]) + start * P,
             places[chunk % 2],
             none,
             P,
-            H,
         )
         if chunk + 1 < CHUNKS:
             products = begin_project(x, weights, none, chunk + 1)
@@ -183,6 +204,7 @@ def triangle_project_pipelined_kernel(
         tile = first + i * step
         copy_tile(pair_ptr + tile * (ROWS * C), places.index(i), tile < TILES, C)
         async_copy.commit_group()
+    biases = hold_biases(folded_bias_ptr + channel, 4 * PARTS, COLUMNS, H, mma)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     none = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     next_mask = gl.load(mask_ptr + first * ROWS + row)
@@ -210,8 +232,7 @@ def triangle_project_pipelined_kernel(
         example = tile // (P // ROWS)
         to = (example * H + channel) * P + tile % (P // ROWS) * ROWS
         to_ptrs = left_ptr + to, right_ptr + to
-        at = folded_bias_ptr + channel
-        finish_tile(products, x, weights, scales, at, to_ptrs, (even, odd), none, P, H)
+        finish_tile(products, x, weights, scales, biases, to_ptrs, (even, odd), none, P)
     async_copy.wait_group(0)
 
 
