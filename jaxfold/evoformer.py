@@ -196,11 +196,13 @@ class EvoformerBlock(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
         count: Count | None = None,
+        transposed_mask: Float[Array, "b j i"] | None = None,
     ) -> tuple[Msa, Pair]:
-        """``count`` is what ``sequence_count`` makes of the mask, where it is known."""
+        """``count`` is what ``sequence_count`` makes of the MSA's mask and ``transposed_mask`` is
+        the pairs', where they are known."""
         msa, pair = self._update_msa(msa, pair, msa_mask, dropout)
         msa, pair = self.outer_product_mean.with_msa(msa, msa_mask, pair, count)
-        return msa, self._update_pair(pair, pair_mask, dropout)
+        return msa, self._update_pair(pair, pair_mask, dropout, transposed_mask)
 
     def _update_msa(
         self, msa: Msa, pair: Pair, msa_mask: Float[Array, "b s r"], dropout: DropoutKey | None
@@ -215,7 +217,11 @@ class EvoformerBlock(nnx.Module):
         return self.msa_transition(msa, residual=True), pair
 
     def _update_pair(
-        self, pair: Pair, pair_mask: Float[Array, "b i j"], dropout: DropoutKey | None
+        self,
+        pair: Pair,
+        pair_mask: Float[Array, "b i j"],
+        dropout: DropoutKey | None,
+        transposed_mask: Float[Array, "b j i"] | None,
     ) -> Pair:
         rate = self.pair_dropout
         for multiplication, name in (
@@ -229,7 +235,7 @@ class EvoformerBlock(nnx.Module):
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
             factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
-            pair = module(pair, pair_mask, factor, residual=True)
+            pair = module(pair, pair_mask, factor, residual=True, transposed_mask=transposed_mask)
         return self.pair_transition(pair, residual=True)
 
 
@@ -259,12 +265,13 @@ class EvoformerStack(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair, Float[Array, "b r c_s"]]:
-        count = sequence_count(msa_mask)  # the same for all blocks
+        # the same for all blocks
+        count, transposed = sequence_count(msa_mask), pair_mask.mT
 
         def call(
             block: EvoformerBlock, carry: tuple[Msa, Pair], key: DropoutKey | None
         ) -> tuple[Msa, Pair]:
-            return block(*carry, msa_mask, pair_mask, key, count)
+            return block(*carry, msa_mask, pair_mask, key, count, transposed)
 
         key = dropout.enter("evoformer_iteration") if dropout else None
 
@@ -297,12 +304,13 @@ class ExtraMSAStack(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Array, "b i j c_z"]:
-        count = sequence_count(msa_mask)  # the same for all blocks
+        # the same for all blocks
+        count, transposed = sequence_count(msa_mask), pair_mask.mT
 
         def call(
             block: EvoformerBlock, carry: tuple[Msa, Pair], key: DropoutKey | None
         ) -> tuple[Msa, Pair]:
-            return block(*carry, msa_mask, pair_mask, key, count)
+            return block(*carry, msa_mask, pair_mask, key, count, transposed)
 
         key = dropout.enter("extra_msa_stack") if dropout else None
 

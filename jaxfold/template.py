@@ -60,6 +60,7 @@ class TemplatePairBlock(nnx.Module):
         pair: Float[Array, "b i j c_t"],
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
+        transposed_mask: Float[Array, "b j i"] | None = None,
     ) -> Float[Array, "b i j c_t"]:
         rate = self.dropout_rate
         for module, name, shared_axis in (
@@ -67,7 +68,7 @@ class TemplatePairBlock(nnx.Module):
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
             factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
-            pair = module(pair, pair_mask, factor, residual=True)
+            pair = module(pair, pair_mask, factor, residual=True, transposed_mask=transposed_mask)
         for multiplication, name in (
             (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing"),
             (self.triangle_multiplication_incoming, "triangle_multiplication_incoming"),
@@ -98,8 +99,10 @@ class TemplatePairStack(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Array, "b i j c_t"]:
+        transposed = pair_mask.mT  # the same for all blocks
+
         def call(block: TemplatePairBlock, pair: Array, key: DropoutKey | None) -> Array:
-            return block(pair, pair_mask, key)
+            return block(pair, pair_mask, key, transposed)
 
         key = dropout.enter("template_pair_stack") if dropout else None
         return run_with_dropout(self.blocks, pair, call, key, self.recompute, self.unroll)

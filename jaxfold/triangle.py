@@ -95,11 +95,14 @@ class TriangleAttention(nnx.Module):
         pair_mask: Float[Array, "b i j"],
         factor: Float[Array, "b ..."] | None = None,
         residual: bool = False,
+        transposed_mask: Float[Array, "b j i"] | None = None,
     ) -> Float[Array, "b i j c_z"]:
+        """``transposed_mask`` is ``pair_mask`` transposed, where that is known."""
         norm, weights = self.query_norm, self.feat_2d_weights[...]
         # among edges that end at a residue, query and key are where they start: along columns,
         # which are rows of the transposed table
-        axis, mask = (2, pair_mask) if self.starting else (1, pair_mask.mT)
+        columns = pair_mask.mT if transposed_mask is None else transposed_mask
+        axis, mask = (2, pair_mask) if self.starting else (1, columns)
         x, bias, pair = projections.layer_norm_pair_bias(
             pair, norm.scale[...], norm.offset[...], weights, axis=axis
         )

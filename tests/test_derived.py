@@ -17,11 +17,13 @@ import jaxfold.evoformer
 import jaxfold.ops
 import jaxfold.params
 import jaxfold.stack
+import jaxfold.template
 import jaxfold.triangle
 import torchfold.evoformer
 import torchfold.ops
 import torchfold.params
 import torchfold.stack
+import torchfold.template
 import torchfold.triangle
 from foldcore.kernels.launch import Launch
 from tests import test_kernels_jax
@@ -35,12 +37,13 @@ SIZES |= {"outer_product_hidden": 4, "triangle_hidden": 8, "transition_factor": 
 DROPOUT = {"msa_dropout": 0.0, "pair_dropout": 0.0}
 # one for all blocks, of each kind of triangle multiplication
 ONCE = {"triangle_fold_kernel": 2, "triangle_fold_backward_kernel": 2}
-JOINED = ("stack", "cat", "concatenate")
+COPIES = ("stack", "cat", "concatenate", "clone", "copy_", "copy")
 
 
-def blocks(track: Any, count: int, global_column: bool) -> Any:
+def extra_stack(track: Any, count: int, global_column: bool, unroll: bool = True) -> Any:
     options: dict[str, Any] = SIZES | DROPOUT | {"global_column_attention": global_column}
-    return track.stack.stack(track.evoformer.EvoformerBlock(16, 8, **options), count)
+    block = track.evoformer.EvoformerBlock(16, 8, **options)
+    return track.evoformer.ExtraMSAStack(block, count, unroll=unroll)
 
 
 # Launches -----------------------------------------------------------------------------------------
@@ -63,12 +66,12 @@ def in_torch(count: int, global_column: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torchfold.ops, "_chosen", "triton")
     noted: list[Any] = []
     monkeypatch.setattr(_triton, "_noted", noted)
-    stacked = blocks(torchfold, count, global_column)
-    carry = tuple(torch.ones(shape, requires_grad=True) for shape in (MSA, PAIR))
+    stacked = extra_stack(torchfold, count, global_column)
+    inputs = tuple(torch.ones(shape, requires_grad=True) for shape in (MSA, PAIR))
     masks = [torch.ones(shape[:-1]) for shape in (MSA, PAIR)]
+    leaves = [*inputs, *stacked.parameters()]
     with Operations() as operations:
-        out = torchfold.stack.run(stacked, carry, lambda block, x, _: block(*x, *masks))
-        torch.autograd.grad(sum(x.sum() for x in out), [*carry, *stacked.parameters()])
+        torch.autograd.grad(stacked(*inputs, *masks).sum(), leaves, allow_unused=True)
     return operations.count + Counter(launch.kernel.fn.__name__ for launch, _ in noted)
 
 
@@ -76,16 +79,14 @@ def in_jax(count: int, global_column: bool, monkeypatch: pytest.MonkeyPatch) -> 
     """The same of a program with all blocks written out."""
     monkeypatch.setattr(jaxfold.ops, "_chosen", "triton")
     test_kernels_jax.replace_calls(monkeypatch, named)
-    graph, state = nnx.split(blocks(jaxfold, count, global_column))
-    carry = tuple(jnp.ones(shape) for shape in (MSA, PAIR))
+    graph, state = nnx.split(extra_stack(jaxfold, count, global_column))
+    inputs = tuple(jnp.ones(shape) for shape in (MSA, PAIR))
     masks = [jnp.ones(shape[:-1]) for shape in (MSA, PAIR)]
 
-    def loss(state: Any, carry: Any) -> jax.Array:
-        call: Any = lambda block, x, _: block(*x, *masks)  # noqa: E731
-        out = jaxfold.stack.run(nnx.merge(graph, state), carry, call, unroll=True)
-        return sum((jnp.sum(x) for x in out), jnp.float32(0))
+    def loss(state: Any, inputs: Any) -> jax.Array:
+        return jnp.sum(nnx.merge(graph, state)(*inputs, *masks))
 
-    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(state, carry)
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(state, inputs)
     return Counter(names(program.jaxpr))
 
 
@@ -122,7 +123,49 @@ def test_a_stack_derives_once(
     assert {name: three[name] for name in ONCE} == ONCE
     more = three - two
     assert more["triangle_project_kernel"] == 2, "a block more has to be seen"
-    assert not {name: more[name] for name in JOINED if more[name]}
+    assert not {name: more[name] for name in COPIES if more[name]}
+
+
+def stack_of(track: Any, kind: str) -> Any:
+    """Two blocks, with parameters that are drawn."""
+    if kind == "templates":
+        sizes = {"num_heads": 2, "c_hidden": 4, "triangle_hidden": 8, "transition_factor": 2}
+        block = track.template.TemplatePairBlock(8, **sizes, dropout_rate=0.0)
+        stacked = track.template.TemplatePairStack(block, 2)
+    elif kind == "extra":
+        stacked = extra_stack(track, 2, False, unroll=False)
+    else:
+        block = track.evoformer.EvoformerBlock(16, 8, **SIZES, **DROPOUT)
+        stacked = track.evoformer.EvoformerStack(block, 2, 16, 4)
+    shapes = {name: tuple(x.shape) for name, x in track.params.parameters(stacked).items()}
+    numbers = np.random.default_rng(0)
+    arrays = {name: numbers.normal(size=shape, scale=0.5) for name, shape in shapes.items()}
+    track.params.load_parameters(stacked, {n: x.astype(np.float32) for n, x in arrays.items()})
+    return stacked
+
+
+@pytest.mark.parametrize("kind", ["templates", "extra", "evoformer"])
+@pytest.mark.parametrize("track", [jaxfold, torchfold])
+def test_a_mask_is_transposed_for_all_blocks(track: Any, kind: str) -> None:
+    """As blocks do it themselves; the mask of pairs is not symmetrical, nor is that of the MSA."""
+    stacked, numbers = stack_of(track, kind), np.random.default_rng(1)
+    given = [numbers.normal(size=shape) for shape in (MSA, PAIR)]
+    given += [numbers.random(shape[:-1]) > 0.4 for shape in (MSA, PAIR)]
+    array: Any = jnp.asarray if track is jaxfold else torch.from_numpy
+    inputs = [array(x.astype(np.float32)) for x in given]
+    inputs = inputs[1::2] if kind == "templates" else inputs
+    carry, masks = inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]
+
+    def call(block: Any, carry: Any, _: Any) -> Any:
+        return block(carry, *masks) if kind == "templates" else block(*carry, *masks)
+
+    with torch.no_grad():
+        found = stacked(*inputs)
+        start = carry[0] if kind == "templates" else tuple(carry)
+        expected = track.stack.run(stacked.blocks, start, call)
+    found = found[1] if kind == "evoformer" else found
+    expected = expected if kind == "templates" else expected[1]
+    assert float(abs(found - expected).max()) < 1e-4 * float(abs(expected).max())
 
 
 # Gradients ----------------------------------------------------------------------------------------

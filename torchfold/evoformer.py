@@ -200,11 +200,13 @@ class EvoformerBlock(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
         count: Count | None = None,
+        transposed_mask: Float[Tensor, "b j i"] | None = None,
     ) -> tuple[Msa, Pair]:
-        """``count`` is what ``sequence_count`` makes of the mask, where it is known."""
+        """``count`` is what ``sequence_count`` makes of the MSA's mask and ``transposed_mask`` is
+        the pairs', where they are known."""
         msa, pair = self._update_msa(msa, pair, msa_mask, dropout)
         msa, pair = self.outer_product_mean.with_msa(msa, msa_mask, pair, count)
-        return msa, self._update_pair(pair, pair_mask, dropout)
+        return msa, self._update_pair(pair, pair_mask, dropout, transposed_mask)
 
     def _update_msa(
         self, msa: Msa, pair: Pair, msa_mask: Float[Tensor, "b s r"], dropout: DropoutKey | None
@@ -219,7 +221,11 @@ class EvoformerBlock(nn.Module):
         return self.msa_transition(msa, residual=True), pair
 
     def _update_pair(
-        self, pair: Pair, pair_mask: Float[Tensor, "b i j"], dropout: DropoutKey | None
+        self,
+        pair: Pair,
+        pair_mask: Float[Tensor, "b i j"],
+        dropout: DropoutKey | None,
+        transposed_mask: Float[Tensor, "b j i"] | None,
     ) -> Pair:
         rate = self.pair_dropout
         for multiplication, name in (
@@ -233,7 +239,7 @@ class EvoformerBlock(nn.Module):
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
             factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
-            pair = module(pair, pair_mask, factor, residual=True)
+            pair = module(pair, pair_mask, factor, residual=True, transposed_mask=transposed_mask)
         return self.pair_transition(pair, residual=True)
 
 
@@ -264,11 +270,12 @@ class EvoformerStack(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> tuple[Msa, Pair, Float[Tensor, "b r c_s"]]:
-        count = sequence_count(msa_mask)  # the same for all blocks
+        # the same for all blocks
+        count, transposed = sequence_count(msa_mask), pair_mask.mT.contiguous()
 
         def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: int) -> tuple[Msa, Pair]:
             key = dropout.enter("evoformer_iteration", index) if dropout else None
-            return block(*carry, msa_mask, pair_mask, key, count)
+            return block(*carry, msa_mask, pair_mask, key, count, transposed)
 
         msa, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
         return msa, pair, self.single_activations(msa[:, 0])
@@ -298,11 +305,12 @@ class ExtraMSAStack(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Tensor, "b i j c_z"]:
-        count = sequence_count(msa_mask)  # the same for all blocks
+        # the same for all blocks
+        count, transposed = sequence_count(msa_mask), pair_mask.mT.contiguous()
 
         def call(block: EvoformerBlock, carry: tuple[Msa, Pair], index: int) -> tuple[Msa, Pair]:
             key = dropout.enter("extra_msa_stack", index) if dropout else None
-            return block(*carry, msa_mask, pair_mask, key, count)
+            return block(*carry, msa_mask, pair_mask, key, count, transposed)
 
         _, pair = run(self.blocks, (msa, pair), call, self.recompute, self.unroll)
         return pair

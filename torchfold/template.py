@@ -61,6 +61,7 @@ class TemplatePairBlock(nn.Module):
         pair: Float[Tensor, "b i j c_t"],
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
+        transposed_mask: Float[Tensor, "b j i"] | None = None,
     ) -> Float[Tensor, "b i j c_t"]:
         rate = self.dropout_rate
         for module, name, shared_axis in (
@@ -68,7 +69,7 @@ class TemplatePairBlock(nn.Module):
             (self.triangle_attention_ending_node, "triangle_attention_ending_node", 2),
         ):
             factor = primitives.dropout_factor(pair, rate, dropout, name, shared_axis)
-            pair = module(pair, pair_mask, factor, residual=True)
+            pair = module(pair, pair_mask, factor, residual=True, transposed_mask=transposed_mask)
         for multiplication, name in (
             (self.triangle_multiplication_outgoing, "triangle_multiplication_outgoing"),
             (self.triangle_multiplication_incoming, "triangle_multiplication_incoming"),
@@ -100,9 +101,11 @@ class TemplatePairStack(nn.Module):
         pair_mask: Float[Tensor, "b i j"],
         dropout: DropoutKey | None = None,
     ) -> Float[Tensor, "b i j c_t"]:
+        transposed = pair_mask.mT.contiguous()  # the same for all blocks
+
         def call(block: TemplatePairBlock, pair: Tensor, index: int) -> Tensor:
             key = dropout.enter("template_pair_stack", index) if dropout else None
-            return block(pair, pair_mask, key)
+            return block(pair, pair_mask, key, transposed)
 
         return run(self.blocks, pair, call, self.recompute, self.unroll)
 
