@@ -69,12 +69,13 @@ def by_threads(rows: int, columns: int) -> gl.SharedLinearLayout:
 
 
 @gluon.constexpr_function
-def by_neighbours(rows: int, columns: int) -> gl.DistributedLinearLayout:
+def by_neighbours(rows: int, columns: int, warps: int) -> gl.DistributedLinearLayout:
     """[rows, columns], rows as a product has them, 8 neighbours in each 32 columns a thread's."""
     registers = [[0, 1], [0, 2], [0, 4], [8, 0], *([0, x] for x in doubled(32, columns))]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    warps = [[x, 0] for x in doubled(16, rows)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, columns])
+    in_turn = [[x, 0] for x in doubled(16, 16 * warps)]
+    registers += [[x, 0] for x in doubled(16 * warps, rows)]
+    return gl.DistributedLinearLayout(registers, lanes, in_turn, [], [rows, columns])
 
 
 @gluon.jit
@@ -144,7 +145,7 @@ def hold_masks(masks):
 def load_bias(bias_ptr, ROWS: gl.constexpr, LENGTH: gl.constexpr):
     """A program's tile of the bias, neighbours of a thread in the order of keys on chip."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, LENGTH, 16])
-    wide: gl.constexpr = by_neighbours(ROWS, LENGTH)
+    wide: gl.constexpr = by_neighbours(ROWS, LENGTH, gl.num_warps())
     bias = gl.load(tile_in(bias_ptr, ROWS, LENGTH, LENGTH, wide))
     bias = gl.permute(bias.reshape([ROWS, LENGTH // 32, 4, 4, 2]), (0, 1, 3, 2, 4))
     return gl.convert_layout(bias.reshape([ROWS, LENGTH]), mma, assert_trivial=True)
@@ -208,7 +209,7 @@ def factors(total, gate, gate_bias_ptr):
 @gluon.jit
 def store_output(ptr, output, STEP: gl.constexpr):
     """Written 16 bytes at a time, exchanged within a warp."""
-    wide: gl.constexpr = by_neighbours(output.shape[0], output.shape[1])
+    wide: gl.constexpr = by_neighbours(output.shape[0], output.shape[1], gl.num_warps())
     output = gl.convert_layout(output.to(gl.bfloat16), wide)
     gl.store(tile_in(ptr, output.shape[0], output.shape[1], STEP, wide), output)
 
