@@ -53,7 +53,7 @@ from foldcore.kernels import (
     triangle_pipelined,
     triangle_product,
 )
-from foldcore.kernels.attention_tiles import Problem
+from foldcore.kernels.attention_tiles import Problem, choose
 from foldcore.kernels.launch import Launch, Output, options
 from foldcore.kernels.source import source_type
 
@@ -200,6 +200,7 @@ def attentions(problem: Problem) -> Iterator[Launch]:
         yield attention_bias.output_grad(problem)
         yield attention_bias.query_bias_grad(problem)
         yield attention_long.key_value_grad(problem)
+        yield attention_long.key_value_grad(problem, choose("key_value_grad", problem))
         return
     if problem.whole:
         yield attention_backward.whole_grad(problem)

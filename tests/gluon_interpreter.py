@@ -214,6 +214,7 @@ class Machine:
             where=lambda choice, x, y: tile(np.where(choice, x, y).astype(np.float32)),
             permute=lambda x, order: tile(x.transpose(order)),
             reshape=lambda x, shape: tile(x.reshape(shape)),
+            join=lambda x, y: tile(np.stack([x, y], -1)),
             split=lambda x: (tile(x[..., 0]), tile(x[..., 1])),
             join=lambda x, y: tile(np.stack([x, y], -1)),
             int32=np.int32,
@@ -277,14 +278,17 @@ def running(module: ModuleType, machine: Machine) -> Iterator[None]:
 def run(
     launch: Launch, *inputs: Tensor, machine: Callable[[int, int, int], Machine] = Machine
 ) -> list[Tensor]:
-    """The outputs of a launch, of inputs on the host."""
+    """The outputs of a launch, of inputs on the host, which stay as they are."""
     module = importlib.import_module(launch.kernel.fn.__module__)
     given = [Pointers(x.contiguous().float().numpy().ravel()) for x in inputs]
     outputs = [np.full(o.shape, np.nan, np.float32) for o in launch.outputs]
+    for i, output in launch.in_place.items():
+        outputs[output] = given[i].array.copy().reshape(launch.outputs[output].shape)
+        given[i] = Pointers(outputs[output].reshape(-1))
     arrays = [*given, *(Pointers(x.reshape(-1)) for x in outputs)]
     for program in range(launch.grid[0]):
         state = machine(program, launch.grid[0], launch.num_warps)
-        with running(module, state), np.errstate(over="ignore"):
+        with running(module, state), np.errstate(over="ignore", invalid="ignore"):
             launch.kernel.fn(*arrays, **launch.constants)
         if state.products or any(state.groups):
             raise Hazard("something is on its way at the end")

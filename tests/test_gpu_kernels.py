@@ -27,6 +27,7 @@ BFLOAT16 = torch.bfloat16
         Case(groups=128, length=256, heads=8, width=32, dtype=BFLOAT16),
         Case(groups=256, length=128, heads=8, width=32, axis=1, biased=False, dtype=BFLOAT16),
         Case(groups=256, length=256, heads=4, width=32, axis=1, dtype=BFLOAT16),
+        Case(groups=37, length=256, heads=4, width=32, batch=2, dtype=BFLOAT16),
         Case(groups=256, length=256, heads=4, width=16, batch=4, dtype=BFLOAT16),
         Case(groups=1024, length=256, heads=8, width=8, dtype=BFLOAT16),
         Case(groups=64, length=384, heads=4, width=32, dtype=BFLOAT16),

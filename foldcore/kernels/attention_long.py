@@ -6,12 +6,14 @@ a score has to change places between threads.
 
 Where sizes say so (IDENTITY) the tensor cores add the bias to the products of queries and keys, as
 in ``attention``: its tile goes from memory to them without passing through registers. Keys and
-values are that way beside ``attention_bias`` too.
+values are that way beside ``attention_bias`` too. Some sizes of these have a kernel of their own on
+Hopper, see ``attention_key_value_pipelined``.
 """
 
 import triton
 import triton.language as tl
 
+from foldcore.kernels import attention_key_value_pipelined
 from foldcore.kernels.attention import (
     LOG2_E,
     MASKED,
@@ -221,6 +223,8 @@ def key_value_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
 
     Those of key and value are written into what ``query_grad`` left of projected.
     """
+    if tiles is None and attention_key_value_pipelined.fits(problem):
+        return attention_key_value_pipelined.key_value_grad(problem)
     tiles = tiles or choose("key_value_grad", problem)
     blocks = tiles.fit(problem.length)
     every = {"BLOCK_ALL": max(16, next_power_of_2(problem.length))}
