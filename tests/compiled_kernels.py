@@ -8,6 +8,7 @@ Run as a program, for Triton compiles in no process in which its interpreter is 
 """
 
 import importlib
+import itertools
 import pkgutil
 import re
 import sys
@@ -82,8 +83,8 @@ def launches() -> Iterator[Launch]:
         yield layer_norm.forward(n, c, *KIND)
         yield layer_norm.backward(n, c, *KIND, residual=True)
         yield from transitions(n, c, 4 * c)
-        for side in (0, linear_update.SIDE):
-            shape = linear_update.Shape(1, n // 256, 256, shared=1, side=side)
+        for residues, side in itertools.product((256, 250), (0, linear_update.SIDE)):
+            shape = linear_update.Shape(1, n // 256, residues, shared=1, side=side)
             yield linear_update.forward(shape, c, c, *KIND, residual=True)
             yield linear_update.backward(shape, c, c, *KIND)
     for b, c, residues in ((1, 128, 256), (4, 64, 256), (1, 128, 250)):

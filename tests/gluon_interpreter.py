@@ -214,7 +214,6 @@ class Machine:
             where=lambda choice, x, y: tile(np.where(choice, x, y).astype(np.float32)),
             permute=lambda x, order: tile(x.transpose(order)),
             reshape=lambda x, shape: tile(x.reshape(shape)),
-            join=lambda x, y: tile(np.stack([x, y], -1)),
             split=lambda x: (tile(x[..., 0]), tile(x[..., 1])),
             join=lambda x, y: tile(np.stack([x, y], -1)),
             int32=np.int32,

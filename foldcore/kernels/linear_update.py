@@ -7,6 +7,9 @@ The rows that are projected may be those of the transposed table: (j, i), where 
 (i, j). A tile is a rectangle of positions then, so that both tables are read and written in pieces
 of several rows.
 
+On Hopper's GPUs the model's sizes have a forward kernel of their own, see
+``linear_update_pipelined``.
+
 Legend: n = b i j rows, k input channels, c output channels, t tiles.
 """
 
@@ -17,6 +20,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from foldcore.kernels import linear_update_pipelined
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.launch import INTERPRETER, Launch, Output, cdiv
 from foldcore.kernels.norm_project import find_tile
@@ -236,6 +240,9 @@ def forward(
     tiles: Tiles | None = None,
 ) -> Launch:
     """(y, weights, bias, x, factor) -> factor * (y @ weights + bias), plus x with ``residual``."""
+    table, transposed = (shape.b, shape.i, shape.j), shape.side > 0
+    if tiles is None and linear_update_pipelined.fits(table, k, c, transposed, dtype, architecture):
+        return linear_update_pipelined.forward(table, c, shape.shared, transposed, residual)
     tiles = tiles or choose(FORWARD, k, dtype, architecture)
     columns = max(MIN_BLOCK, min(tiles.fit(c), WEIGHTS // block(k)))
     parts, count = cdiv(c, columns), shape.tiles(tiles.rows)
