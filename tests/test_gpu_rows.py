@@ -111,6 +111,22 @@ def test_linear_update(
     test_kernels_update.check(test_kernels_update.Case(rows, k, c, shared, dtype=dtype))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("rows", "c"),
+    [((1, 128, 256), 256), ((1, 384, 256), 128), ((4, 256, 192), 64), ((2, 250, 256), 64)],
+    ids=str,
+)
+def test_linear_update_of_rows_that_fill_their_tiles(
+    rows: tuple[int, int, int], c: int, shared: int, residual: bool, transposed: bool
+) -> None:
+    """But for transposed rows in the last case, and of 256 channels."""
+    case = test_kernels_update.Case(rows, c, c, shared, residual, BFLOAT16, transposed)
+    test_kernels_update.check(case)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -266,6 +266,19 @@ CASES = (
         {"residual": True, "transposed": True},
         masks=("factor",),
     ),
+    # sizes with a kernel of their own, whose programs take several tiles
+    Case(
+        "linear_update",
+        {
+            "x": (1, 192, 256, C),
+            "y": (1, 256, 192, C),
+            "weights": (C, C),
+            "bias": (C,),
+            "factor": (1, 192, 1, C),
+        },
+        {"residual": True, "transposed": True},
+        masks=("factor",),
+    ),
     *(
         # rows that fill their tiles are taken in one pass, where there is a kernel for that
         Case("transition", _TRANSITION | {"x": (rows, C)}, {"residual": True}, tolerance=SWITCHED)
