@@ -1,4 +1,4 @@
-"""The last projection of a module for Hopper, its copies and products in order by hand (Gluon).
+"""The last projection of a module for Hopper, in order by hand (Gluon).
 
 What ``linear_update`` does, where it is limited by memory: a program keeps its weights on chip, and
 its factors in registers, for it walks along the axis along which they are the same. Tiles of what
@@ -9,7 +9,7 @@ at a time.
 Sizes that it does not take are left to ``linear_update``. ``tests/gluon_interpreter.py`` runs it
 without a GPU, and finds what it reads too early or overwrites too soon.
 
-Legend: n = b i j rows, k input channels, c output channels; a tile is a rectangle of positions.
+Legend: n = b i j rows, c channels; a tile is a rectangle of positions.
 """
 
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class Steps:
 
 # (channels, whether the rows that are projected are those of the transposed table) -> sizes
 SIZES = {
-    (64, False): Steps(64, 64, 4, ahead=2, programs=4),
-    (64, True): Steps(64, 64, 4, ahead=2, programs=4, side=16),
+    (64, False): Steps(64, 64, 4, ahead=3, programs=4),
+    (64, True): Steps(64, 64, 4, ahead=3, programs=4, side=16),
     (128, False): Steps(64, 128, 8, ahead=2, programs=2),
-    (128, True): Steps(64, 128, 8, ahead=2, programs=2, side=16),
-    (256, False): Steps(64, 128, 8, ahead=1, programs=2),
+    (128, True): Steps(64, 128, 8, ahead=2, programs=2, side=4),
+    (256, False): Steps(64, 128, 8, ahead=3, programs=1),
 }
 
 
@@ -86,40 +86,67 @@ def factors_at(factor_ptr, first, none, C: gl.constexpr, SHARED: gl.constexpr, S
 
 
 @gluon.jit
-def finish(update, bias, factor, x, place, to):
-    """Write x + factor * (update + bias), x and factor or None, by way of a place on chip."""
+def updated(update, bias, factor, x):
+    """x + factor * (update + bias), x and factor or None."""
     update += bias.to(gl.float32)[None, :]
     if factor is not None:
         update *= factor
     if x is not None:
         update += x.to(gl.float32)
-    place.store(update.to(gl.bfloat16))
-    gl.thread_barrier()
-    gl.store(to, place.load(to.type.layout))
+    return update.to(gl.bfloat16)
+
+
+@gluon.jit
+def begin_copies(
+    x_ptr,  # or None
+    y_ptr,
+    weights_ptr,
+    places,  # of tiles of y and x, of the weights
+    first,
+    step,
+    LENGTH: gl.constexpr,
+    Y_NEXT: gl.constexpr,
+    Y_I: gl.constexpr,
+    Y_J: gl.constexpr,
+    X_NEXT: gl.constexpr,
+    X_I: gl.constexpr,
+    SIDE: gl.constexpr,
+):
+    """A program's first tiles, two groups each; with the first, which is further away, weights."""
+    ys, xs, weights = places
+    AHEAD: gl.constexpr = ys.shape[0]
+    C: gl.constexpr = ys.shape[2]
+    for k in gl.static_range(AHEAD):
+        tile = first + k * step
+        copy_rows(y_ptr + tile * Y_NEXT, ys.index(k), tile < LENGTH, Y_I, Y_J, SIDE)
+        if x_ptr is not None:
+            copy_rows(x_ptr + tile * X_NEXT, xs.index(k), tile < LENGTH, X_I, C, SIDE)
+        if k == 0:
+            copy_tile(weights_ptr, weights, True, C)
+        async_copy.commit_group()
+        async_copy.commit_group()
 
 
 @gluon.jit
 def linear_update_pipelined_kernel(
-    y_ptr,  # [n, k]
-    weights_ptr,  # [k, c]
+    y_ptr,  # [n, c]
+    weights_ptr,  # [c, c]
     bias_ptr,  # [c]
     x_ptr,  # [n, c]
     factor_ptr,  # [b, j, c] or [b, i, c] float32: SHARED 1 or 2
     out_ptr,  # [n, c]
     N: gl.constexpr,  # of an example
-    K: gl.constexpr,
     C: gl.constexpr,
     SHARED: gl.constexpr,
     RESIDUAL: gl.constexpr,
     KEPT: gl.constexpr,  # tiles of an example along the axis where programs stay
     LENGTH: gl.constexpr,  # and along that which they walk
     BLOCKS: gl.constexpr,  # KEPT of all examples
-    Y_I: gl.constexpr,  # from a position of y to the next along i, along j
-    Y_J: gl.constexpr,
+    Y_I: gl.constexpr,  # from a position of y to the next along i
+    Y_J: gl.constexpr,  # along j
     Y_BLOCK: gl.constexpr,  # from a block to the next
     Y_NEXT: gl.constexpr,  # from a tile to the next
     X_I: gl.constexpr,  # the same of x
-    X_J: gl.constexpr,
     X_BLOCK: gl.constexpr,
     X_NEXT: gl.constexpr,
     SIDE: gl.constexpr,
@@ -129,28 +156,22 @@ def linear_update_pipelined_kernel(
 ):
     """Programs: some channels, then block, then group of tiles."""
     await_previous()
-    DOWN: gl.constexpr = ROWS // 16
-    EACH: gl.constexpr = COLUMNS // (gl.num_warps() // DOWN)
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, COLUMNS // EACH], [16, EACH, 16])
+    EACH: gl.constexpr = COLUMNS * (ROWS // 16) // gl.num_warps()
+    grid: gl.constexpr = [ROWS // 16, COLUMNS // EACH]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], grid, [16, EACH, 16])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     PARTS: gl.constexpr = C // COLUMNS
     part = gl.program_id(0) % PARTS * COLUMNS
     block = gl.program_id(0) // PARTS % BLOCKS
     first, step = gl.program_id(0) // (PARTS * BLOCKS), gl.num_programs(0) // (PARTS * BLOCKS)
-    y_ptr += block // KEPT * (N * K) + block % KEPT * Y_BLOCK
+    y_ptr += block // KEPT * (N * C) + block % KEPT * Y_BLOCK
     at = block // KEPT * (N * C) + block % KEPT * X_BLOCK + part
     x_ptr += at
-    weights = gl.allocate_shared_memory(gl.bfloat16, [K, COLUMNS], shared)
-    ys = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, ROWS, K], shared)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [C, COLUMNS], shared)
+    ys = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, ROWS, C], shared)
     xs = gl.allocate_shared_memory(gl.bfloat16, [AHEAD, ROWS, COLUMNS], shared)
-    for k in gl.static_range(AHEAD):
-        tile = first + k * step
-        copy_rows(y_ptr + tile * Y_NEXT, ys.index(k), tile < LENGTH, Y_I, Y_J, SIDE)
-        if RESIDUAL:
-            copy_rows(x_ptr + tile * X_NEXT, xs.index(k), tile < LENGTH, X_I, X_J, SIDE)
-        if k == 0:  # after the first tile, which is further away
-            copy_tile(weights_ptr + part, weights, True, C)
-        async_copy.commit_group()
+    given = y_ptr, weights_ptr + part, (ys, xs, weights), first, step
+    begin_copies(x_ptr if RESIDUAL else None, *given, LENGTH, Y_NEXT, Y_I, Y_J, X_NEXT, X_I, SIDE)
     none = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     bias = gl.load(bias_ptr + part + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma)))
     factor = None
@@ -159,20 +180,23 @@ def linear_update_pipelined_kernel(
         factor = factors_at(factor_ptr + part, start, none, C, SHARED, SIDE)
     turn = 0
     for tile in range(first, LENGTH, step):
-        async_copy.wait_group(AHEAD - 1)
+        after = tile + AHEAD * step
+        async_copy.wait_group(2 * AHEAD - 2)
         fence_async_shared()
         gl.thread_barrier()
         update = warpgroup_mma(ys.index(turn), weights, none, use_acc=False, is_async=True)
         place = xs.index(turn)
         x = place.load(mma) if RESIDUAL else None
         update = warpgroup_mma_wait(0, deps=[update])
-        to = rows_at(out_ptr + at + tile * X_NEXT, ROWS, COLUMNS, X_I, X_J, SIDE)
-        finish(update, bias, factor, x, place, to)
-        gl.thread_barrier()  # all have read the tiles
-        after = tile + AHEAD * step
+        place.store(updated(update, bias, factor, x))
+        gl.thread_barrier()  # all products have ended, all results are there
         copy_rows(y_ptr + after * Y_NEXT, ys.index(turn), after < LENGTH, Y_I, Y_J, SIDE)
+        async_copy.commit_group()
+        to = rows_at(out_ptr + at + tile * X_NEXT, ROWS, COLUMNS, X_I, C, SIDE)
+        gl.store(to, place.load(to.type.layout))
+        gl.thread_barrier()  # all have read the results
         if RESIDUAL:
-            copy_rows(x_ptr + after * X_NEXT, place, after < LENGTH, X_I, X_J, SIDE)
+            copy_rows(x_ptr + after * X_NEXT, place, after < LENGTH, X_I, C, SIDE)
         async_copy.commit_group()
         turn = (turn + 1) % AHEAD
     async_copy.wait_group(0)
@@ -206,11 +230,12 @@ def forward(
     length, kept = reversed(tiles) if shared == 2 else tiles
     blocks, parts = b * kept, c // steps.columns
     programs = MULTIPROCESSORS * steps.programs // (parts * blocks)
-    sizes = {"N": i * j, "K": c, "C": c, "SHARED": shared, "RESIDUAL": residual}
+    sizes = {"N": i * j, "C": c, "SHARED": shared, "RESIDUAL": residual}
     ways = {"KEPT": kept, "LENGTH": length, "BLOCKS": blocks, "SIDE": steps.side}
     tile = {"ROWS": steps.rows, "COLUMNS": steps.columns, "AHEAD": steps.ahead}
     y = _distances("Y", (i, j), c, shared, transposed, steps)
     x = _distances("X", (i, j), c, shared, False, steps)
+    del x["X_J"]  # as C
     return Launch(
         kernel=linear_update_pipelined_kernel,
         grid=(parts * blocks * min(length, max(1, programs)),),
@@ -226,5 +251,5 @@ def _distances(
     """Elements between what follows on each other in a table of c channels."""
     i, j = (c, table[0] * c) if transposed else (table[1] * c, c)
     tile = steps.side * i, steps.rows // steps.side * j
-    block, next_ = tile if shared == 2 else reversed(tile)
-    return {f"{name}_I": i, f"{name}_J": j, f"{name}_BLOCK": block, f"{name}_NEXT": next_}
+    block, after = tile if shared == 2 else reversed(tile)
+    return {f"{name}_I": i, f"{name}_J": j, f"{name}_BLOCK": block, f"{name}_NEXT": after}
