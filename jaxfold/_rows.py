@@ -9,7 +9,12 @@ from jax import Array
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels import transition_backward, transition_layers, transition_pipelined
+from foldcore.kernels import (
+    transition_backward,
+    transition_layers,
+    transition_pipelined,
+    transition_pipelined_backward,
+)
 from foldcore.kernels.rows import column_sums, two_column_sums
 from jaxfold._triton import architecture, call, dtype_name
 
@@ -87,7 +92,7 @@ def transition(
 
 
 def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
-    """In one pass or layer by layer; the hidden layer is saved."""
+    """In one pass or layer by layer; the hidden layer is saved, and of one pass its signs."""
     x, scale, offset, weights1, bias1, weights2, bias2, residual = inputs
     c, f = weights1.shape
     n, kind = x.size // c, (dtype_name(x), architecture())
@@ -95,8 +100,8 @@ def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
     saved = x, scale, offset, weights1, weights2
     if transition_pipelined.fits(n, c, f, *kind):
         launch = transition_pipelined.forward(n, c, f, residual, save=True)
-        y, hidden = call(launch, rows, scale, offset, weights1, bias1, weights2, bias2)
-        return y.reshape(x.shape), (*saved, hidden)
+        y, *kept = call(launch, rows, scale, offset, weights1, bias1, weights2, bias2)
+        return y.reshape(x.shape), (*saved, *kept)
     normalized = layer_norm(rows, scale, offset)
     (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
     launch = transition_layers.second(n, c, f, *kind, residual)
@@ -107,15 +112,20 @@ def _transition_forward(*inputs: Any) -> tuple[Array, tuple[Array, ...]]:
 def _transition_backward(
     residual: bool, saved: tuple[Array, ...], grad: Array
 ) -> tuple[Array, ...]:
-    x, scale, offset, weights1, weights2, hidden = saved
+    x, scale, offset, weights1, weights2, hidden, *signs = saved
     c, f = weights1.shape
     n, kind = x.size // c, (dtype_name(x), architecture())
     rows, rows_grad = x.reshape(n, c), grad.reshape(n, c)
-    launch = transition_backward.mask(n, c, f, *kind)
-    hidden_grad, sums = call(launch, rows_grad, hidden, weights2)
-    launch = transition_backward.norm(n, c, *kind, residual)
-    normalized_grad = hidden_grad @ weights1.T
-    x_grad, normalized, norm_sums = call(launch, rows, scale, offset, normalized_grad, rows_grad)
+    if transition_pipelined.fits(n, c, f, *kind):
+        launch = transition_pipelined_backward.backward(n, c, f, residual)
+        found = call(launch, rows, scale, offset, weights1, weights2, *signs, rows_grad)
+        x_grad, hidden_grad, normalized, sums, norm_sums = found
+    else:
+        launch = transition_backward.mask(n, c, f, *kind)
+        hidden_grad, sums = call(launch, rows_grad, hidden, weights2)
+        launch = transition_backward.norm(n, c, *kind, residual)
+        normal_grad = hidden_grad @ weights1.T
+        x_grad, normalized, norm_sums = call(launch, rows, scale, offset, normal_grad, rows_grad)
     weights1_grad = jnp.einsum("nc,nf->cf", normalized, hidden_grad)
     weights2_grad = jnp.einsum("nf,nc->fc", hidden, rows_grad)
     launch = two_column_sums(sums.shape, norm_sums.shape, dtype_name(scale))

@@ -47,6 +47,7 @@ from foldcore.kernels import (
     transition_backward,
     transition_layers,
     transition_pipelined,
+    transition_pipelined_backward,
     triangle,
     triangle_backward,
     triangle_fold,
@@ -60,7 +61,7 @@ from foldcore.kernels.source import source_type
 
 TARGET = GPUTarget("cuda", 90, 32)
 KIND = "bfloat16", 90
-TYPES = {"bfloat16": "*bf16", "float32": "*fp32", "uint8": "*u8"}
+TYPES = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32", "uint8": "*u8"}
 # inputs of these names, or of these kernels, are float32
 FLOAT32 = (
     *("mask_ptr", "factor_ptr", "count_ptr", "logsumexp_ptr", "delta_ptr", "gathered_ptr"),
@@ -173,6 +174,7 @@ def transitions(n: int, c: int, f: int) -> Iterator[Launch]:
     yield transition.forward(n, c, f, *KIND, residual=True)
     if transition_pipelined.fits(n, c, f, *KIND):
         yield transition_pipelined.forward(n, c, f, residual=True, save=True)
+        yield transition_pipelined_backward.backward(n, c, f, residual=True)
     yield transition_layers.hidden(n, c, f, *KIND)
     yield transition_layers.second(n, c, f, *KIND, residual=True)
     yield transition_backward.mask(n, c, f, *KIND)
@@ -254,7 +256,7 @@ def source(launch: Launch) -> ASTSource:
 
 def input_type(kernel: str, pointer: str) -> str:
     """As Triton writes it."""
-    if kernel == "dropout_masks_kernel":
+    if kernel == "dropout_masks_kernel" or pointer == "signs_ptr":
         return "*i32"
     return "*fp32" if kernel in ALL_FLOAT32 or pointer in FLOAT32 else "*bf16"
 

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from foldcore.kernels.launch import Launch
+from foldcore.kernels.launch import Launch, Output
 
 LAYOUT = SimpleNamespace(layout=SimpleNamespace(parent=None))
 
@@ -99,6 +99,17 @@ class Product:
         self.value = tile(self.begun[0] @ self.begun[1] + (start if self.use_acc else 0.0))
 
 
+def as_array(x: Tensor) -> np.ndarray:
+    return (x.contiguous().float() if x.is_floating_point() else x.contiguous()).numpy().ravel()
+
+
+def buffer(output: Output) -> np.ndarray:
+    """With what no kernel writes."""
+    if output.dtype == "int32":
+        return np.full(output.shape, 0x55555555, np.int32)
+    return np.full(output.shape, np.nan, np.float32)
+
+
 def contents(x: "Shared | Tile") -> np.ndarray:
     return np.array(x.array if isinstance(x, Shared) else x)
 
@@ -110,9 +121,16 @@ def tile(x: Any) -> Tile:
 def load(at: Pointers, mask: Any = True, other: float = np.nan) -> Tile:
     """Nothing is read where it is masked."""
     mask = np.broadcast_to(mask, at.index.shape)
-    found = np.full(at.index.shape, other, np.float32)
+    other = other if at.array.dtype == np.float32 else 0
+    found = np.full(at.index.shape, other, at.array.dtype)
     found[mask] = at.array[at.index[mask]]
     return tile(found)
+
+
+def choose(choice: Any, x: Any, y: Any) -> Tile:
+    """Whole numbers, or in float32."""
+    found = np.where(choice, x, y)
+    return tile(found if found.dtype.kind == "i" else found.astype(np.float32))
 
 
 def reciprocal(x: Tile) -> Tile:
@@ -211,7 +229,7 @@ class Machine:
             maximum=lambda x, y: tile(np.maximum(x, y)),
             minimum=lambda x, y: tile(np.minimum(x, y)),
             full=lambda shape, value, dtype, layout: tile(np.full(shape, value, np.float32)),
-            where=lambda choice, x, y: tile(np.where(choice, x, y).astype(np.float32)),
+            where=choose,
             permute=lambda x, order: tile(x.transpose(order)),
             reshape=lambda x, shape: tile(x.reshape(shape)),
             split=lambda x: (tile(x[..., 0]), tile(x[..., 1])),
@@ -279,8 +297,8 @@ def run(
 ) -> list[Tensor]:
     """The outputs of a launch, of inputs on the host, which stay as they are."""
     module = importlib.import_module(launch.kernel.fn.__module__)
-    given = [Pointers(x.contiguous().float().numpy().ravel()) for x in inputs]
-    outputs = [np.full(o.shape, np.nan, np.float32) for o in launch.outputs]
+    given = [Pointers(as_array(x)) for x in inputs]
+    outputs = [buffer(o) for o in launch.outputs]
     for i, output in launch.in_place.items():
         outputs[output] = given[i].array.copy().reshape(launch.outputs[output].shape)
         given[i] = Pointers(outputs[output].reshape(-1))

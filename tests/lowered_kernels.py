@@ -25,7 +25,12 @@ for name in ("get_compute_capability", "get_serialized_metadata"):  # without th
         setattr(jaxlib.gpu_triton, name, None)
 
 from foldcore.config import OptimizerConfig  # noqa: E402
-from foldcore.kernels import layer_norm, optimizer, transition_pipelined  # noqa: E402
+from foldcore.kernels import (  # noqa: E402
+    layer_norm,
+    optimizer,
+    transition_pipelined,
+    transition_pipelined_backward,
+)
 from foldcore.kernels.launch import Launch, Output  # noqa: E402
 from jaxfold import _triton, _triton_cache  # noqa: E402
 from jaxfold._launcher import Kernel  # noqa: E402
@@ -64,10 +69,13 @@ def norms(x: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def transitions(*inputs: jax.Array) -> list[jax.Array]:
-    """In Gluon, with and without a hidden layer to be saved."""
-    n, (c, f) = inputs[0].shape[0], inputs[3].shape
-    launches = (transition_pipelined.forward(n, c, f, True, save) for save in (False, True))
-    return [x for launch in launches for x in _triton.call(launch, *inputs)]
+    """In Gluon, with and without a hidden layer to be saved, and backward."""
+    x, scale, offset, weights1, _, weights2, _ = inputs
+    shape = x.shape[0], *weights1.shape
+    (y,) = _triton.call(transition_pipelined.forward(*shape, True, save=False), *inputs)
+    dy, hidden, signs = _triton.call(transition_pipelined.forward(*shape, True, save=True), *inputs)
+    launch = transition_pipelined_backward.backward(*shape, True)
+    return [y, hidden, *_triton.call(launch, x, scale, offset, weights1, weights2, signs, dy)]
 
 
 def programs() -> dict[str, tuple[Any, list[Any]]]:

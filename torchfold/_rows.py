@@ -5,7 +5,12 @@ from torch import Tensor
 
 from foldcore.kernels import layer_norm as norm_kernels
 from foldcore.kernels import transition as transition_kernels
-from foldcore.kernels import transition_backward, transition_layers, transition_pipelined
+from foldcore.kernels import (
+    transition_backward,
+    transition_layers,
+    transition_pipelined,
+    transition_pipelined_backward,
+)
 from foldcore.kernels.rows import column_sums, two_column_sums
 from torchfold._triton import architecture, call, dtype_name
 
@@ -143,19 +148,20 @@ def _transition_saving(
     weights2: Tensor,
     bias2: Tensor,
     residual: bool,
-) -> tuple[Tensor, Tensor]:
-    """In one pass or layer by layer; the hidden layer [n, f] is returned to be saved."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In one pass or layer by layer; the hidden layer [n, f] is returned to be saved, and of one
+    pass its signs."""
     c, f = weights1.shape
     n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
     if transition_pipelined.fits(n, c, f, *kind):
         launch = transition_pipelined.forward(n, c, f, residual, save=True)
-        y, hidden = call(launch, x, scale, offset, weights1, bias1, weights2, bias2)
-        return y.view(x.shape), hidden
+        y, hidden, signs = call(launch, x, scale, offset, weights1, bias1, weights2, bias2)
+        return y.view(x.shape), hidden, signs
     normalized = layer_norm(x, scale, offset)
     (hidden,) = call(transition_layers.hidden(n, c, f, *kind), normalized, weights1, bias1)
     launch = transition_layers.second(n, c, f, *kind, residual)
     (y,) = call(launch, hidden, weights2, bias2, x)
-    return y.view(x.shape), hidden
+    return y.view(x.shape), hidden, x.new_empty(0, dtype=torch.int32)
 
 
 @_transition_saving.register_fake
@@ -168,9 +174,11 @@ def _(
     weights2: Tensor,
     bias2: Tensor,
     residual: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     c, f = weights1.shape
-    return x.new_empty(x.shape), x.new_empty((x.numel() // c, f))
+    n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
+    words = n * f // 32 if transition_pipelined.fits(n, c, f, *kind) else 0
+    return x.new_empty(x.shape), x.new_empty((n, f)), x.new_empty(words, dtype=torch.int32)
 
 
 @torch.library.custom_op("twinfold::transition_backward", mutates_args=())
@@ -182,15 +190,21 @@ def _transition_backward(
     weights1: Tensor,
     weights2: Tensor,
     hidden: Tensor,
+    signs: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by x, the weights, and all vectors end to end: biases, scale, offset."""
     c, f = weights1.shape
     n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
-    hidden_grad, sums = call(transition_backward.mask(n, c, f, *kind), grad, hidden, weights2)
-    launch = transition_backward.norm(n, c, *kind, residual)
-    normalized_grad = hidden_grad @ weights1.T
-    x_grad, normalized, norm_sums = call(launch, x, scale, offset, normalized_grad, grad)
+    if transition_pipelined.fits(n, c, f, *kind):
+        launch = transition_pipelined_backward.backward(n, c, f, residual)
+        found = call(launch, x, scale, offset, weights1, weights2, signs, grad)
+        x_grad, hidden_grad, normalized, sums, norm_sums = found
+    else:
+        hidden_grad, sums = call(transition_backward.mask(n, c, f, *kind), grad, hidden, weights2)
+        launch = transition_backward.norm(n, c, *kind, residual)
+        normal_grad = hidden_grad @ weights1.T
+        x_grad, normalized, norm_sums = call(launch, x, scale, offset, normal_grad, grad)
     weights = normalized.T @ hidden_grad, hidden.T @ grad.reshape(n, c)
     launch = two_column_sums(sums.shape, norm_sums.shape, dtype_name(scale))
     (vectors,) = call(launch, sums, norm_sums)
@@ -206,6 +220,7 @@ def _(
     weights1: Tensor,
     weights2: Tensor,
     hidden: Tensor,
+    signs: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, f = weights1.shape
@@ -215,11 +230,11 @@ def _(
 
 def _save_transition(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, scale, offset, weights1, _, weights2, _, ctx.residual = inputs
-    ctx.set_materialize_grads(False)  # of the hidden layer, which has none
-    ctx.save_for_backward(x, scale, offset, weights1, weights2, output[1])
+    ctx.set_materialize_grads(False)  # of what is saved, which has none
+    ctx.save_for_backward(x, scale, offset, weights1, weights2, *output[1:])
 
 
-def _transition_gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _transition_gradients(ctx, grad, *_):  # type: ignore[no-untyped-def]
     x, *saved = ctx.saved_tensors
     c, f = saved[2].shape
     x_grad, weights1, weights2, vectors = _transition_backward(x, grad, *saved, ctx.residual)

@@ -6,9 +6,11 @@ product of some hidden channels runs while the first of the next begins, and rel
 registers, as the operand that it is. A program waits for its products in turn; where two share a
 processor, one's fill the gaps of the other.
 
-Where a gradient is wanted the hidden layer is written as well. Sizes that these kernels do not take
-are left to ``transition`` and ``transition_layers``. Triton's interpreter cannot run Gluon;
-``tests/gluon_interpreter.py`` does, and finds what a kernel reads too early or overwrites too soon.
+Where a gradient is wanted the hidden layer is written as well, and its signs (``transition_signs``)
+for the backward kernel (``transition_pipelined_backward``). Sizes that they do not take are left to
+``transition``, ``transition_layers`` and ``transition_backward``. Triton's interpreter cannot run
+Gluon; ``tests/gluon_interpreter.py`` does, and finds what a kernel reads too early or overwrites
+too soon.
 
 Legend: n rows, c channels, f hidden channels.
 """
@@ -28,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.hopper import ARCHITECTURE, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.transition_signs import signs, words_at
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,12 @@ def normalized_tile(x_ptr, scale_ptr, offset_ptr, BLOCK_N: gl.constexpr, C: gl.c
 
 
 @gluon.jit
-def activated(h, bias, hidden_ptr, F: gl.constexpr, SAVE: gl.constexpr, OPERAND: gl.constexpr):
-    """relu(h + bias) as the operand of a product; to be saved, it is written as well."""
-    h = gl.maximum(h + bias.to(gl.float32)[None, :], 0.0).to(gl.bfloat16)
-    if SAVE:
-        at = tile_at(hidden_ptr, h.shape[0], h.shape[1], F)
-        gl.store(at, gl.convert_layout(h, at.type.layout))
-    return gl.convert_layout(h, OPERAND)
+def save(h, hidden_ptr, signs_ptr, F: gl.constexpr):
+    """Write some of the hidden layer and its signs."""
+    words = signs(h)
+    gl.store(words_at(signs_ptr, words, F), words)
+    at = tile_at(hidden_ptr, h.shape[0], h.shape[1], F)
+    gl.store(at, gl.convert_layout(h, at.type.layout))
 
 
 @gluon.jit
@@ -120,6 +122,7 @@ def transition_pipelined_kernel(
     bias2_ptr,  # [c]
     y_ptr,  # [n, c]
     hidden_ptr,  # [n, f], or None
+    signs_ptr,  # [n / 16, f / 64, 8, 4], or None
     C: gl.constexpr,
     F: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -137,6 +140,7 @@ def transition_pipelined_kernel(
     x_ptr += start * C
     if SAVE:
         hidden_ptr += start * F
+        signs_ptr += start * (F // 32)
     first = gl.allocate_shared_memory(gl.bfloat16, [FIRST, C, BLOCK_F], shared)
     second = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_F, C], shared)
     begin_copies(weights1_ptr, weights2_ptr, first, second, F)
@@ -157,14 +161,16 @@ def transition_pipelined_kernel(
         copy_second(step + 1, weights2_ptr, second, F)
         async_copy.commit_group()
         h = warpgroup_mma_wait(0, deps=[h])
-        at = hidden_ptr + step * BLOCK_F if SAVE else None
-        hidden = activated(h, bias, at, F, SAVE, OPERAND)
+        h = gl.maximum(h + bias.to(gl.float32)[None, :], 0.0).to(gl.bfloat16)
+        hidden = gl.convert_layout(h, OPERAND)
         async_copy.wait_group(2)
         gl.thread_barrier()  # all have read the first weights of this step
         fence_async_shared()
         y = warpgroup_mma(hidden, second.index(step % 2), y, is_async=True)
         copy_first(step + FIRST, weights1_ptr, first, F)
         async_copy.commit_group()
+        if SAVE:
+            save(h, hidden_ptr + step * BLOCK_F, signs_ptr + step * 32, F)
     async_copy.wait_group(0)
     residual = None
     if RESIDUAL:  # in place of the first weights, which are as large
@@ -188,15 +194,16 @@ def forward(
     n: int, c: int, f: int, residual: bool, save: bool, steps: Steps | None = None
 ) -> Launch:
     """(x, scale, offset, weights1, bias1, weights2, bias2) -> y [n, c], and to be saved the hidden
-    layer [n, f]; for sizes that fit, in bfloat16."""
+    layer [n, f] and its signs [n f / 32]; for sizes that fit, in bfloat16."""
     steps = steps or SIZES[c]
-    rows, hidden = Output((n, c), "bfloat16"), Output((n, f), "bfloat16")
+    rows = Output((n, c), "bfloat16")
+    saved = Output((n, f), "bfloat16"), Output((n * f // 32,), "int32")
     return Launch(
         kernel=transition_pipelined_kernel,
         grid=(n // steps.rows,),
-        outputs=(rows, hidden) if save else (rows,),
+        outputs=(rows, *saved) if save else (rows,),
         constants={"C": c, "F": f, "RESIDUAL": residual}
         | {"BLOCK_N": steps.rows, "BLOCK_F": steps.columns, "FIRST": steps.first}
-        | ({} if save else {"hidden_ptr": None}),
+        | ({} if save else {"hidden_ptr": None, "signs_ptr": None}),
         num_warps=steps.num_warps,
     )
