@@ -202,6 +202,7 @@ def attentions(problem: Problem) -> Iterator[Launch]:
     if problem.together:
         yield attention_bias.output_grad(problem)
         yield attention_bias.query_bias_grad(problem)
+        yield attention_bias.query_bias_grad(problem, choose("query_bias_grad", problem))
         yield attention_long.key_value_grad(problem)
         yield attention_long.key_value_grad(problem, choose("key_value_grad", problem))
         return

@@ -66,6 +66,9 @@ class Shared:
     def index(self, i: Any) -> "Shared":
         return Shared(self.array[int(i)])
 
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.array[start : start + length])
+
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.array.transpose(order))
 

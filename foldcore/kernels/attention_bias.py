@@ -12,6 +12,7 @@ and change less between threads.
 import triton
 import triton.language as tl
 
+from foldcore.kernels import attention_query_pipelined
 from foldcore.kernels.attention import (
     PARTS,
     key_summand,
@@ -195,7 +196,10 @@ def query_bias_grad(problem: Problem, tiles: Tiles | None = None) -> Launch:
     """(projected, mask, bias, logsumexp, delta, gathered_grad, gate_grad) -> gradients.
 
     (of projected, where the query's is written into what ``output_grad`` left; parts of the bias's)
+    Of ``tiles``, or as measured.
     """
+    if tiles is None and attention_query_pipelined.fits(problem):
+        return attention_query_pipelined.query_bias_grad(problem)
     tiles = tiles or choose("query_bias_grad", problem)
     blocks = tiles.fit(problem.length)
     query_tiles = cdiv(problem.length, blocks["BLOCK_Q"])
