@@ -6,11 +6,14 @@ float64 on the values that the kernel gets.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import tests.triton_interpreter  # noqa: F401
+from torchfold import _triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,6 +36,20 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 # function(implementation, **arrays) -> result
 Function = Callable[..., Tensor]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels are given to write holds what no result is: NaN, or bytes of 55."""
+    allocate = _triton._allocate
+
+    def poisoned(*arguments: Any) -> Tensor:
+        x = allocate(*arguments)
+        if x.is_floating_point():
+            return x.fill_(float("nan"))
+        x.view(torch.uint8).fill_(0x55)
+        return x
+
+    monkeypatch.setattr(_triton, "_allocate", poisoned)
 
 
 def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:

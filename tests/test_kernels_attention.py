@@ -17,9 +17,9 @@ from torch import Tensor
 from foldcore.kernels import attention, attention_bias, attention_long, attention_tiles, cases
 from jaxfold import _attention, _rows
 from jaxfold import ops as jax_ops
-from tests import triton_interpreter
+from tests import kernel_checks, triton_interpreter
 from torchfold import _attention as _torch_attention
-from torchfold import _self_test, _triton, ops
+from torchfold import _self_test, ops
 
 PARTS = ("query", "gate", "key", "value")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,8 +46,7 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate = _triton._allocate
-    monkeypatch.setattr(_triton, "_allocate", lambda *args: allocate(*args).fill_(float("nan")))
+    kernel_checks.poison(monkeypatch)
 
 
 def arrays(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from tests import kernel_checks
 from tests.kernel_checks import normal
-from torchfold import _triton, evoformer, ops, params
+from torchfold import evoformer, ops, params
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate = _triton._allocate
-    monkeypatch.setattr(_triton, "_allocate", lambda *args: allocate(*args).fill_(float("nan")))
+    kernel_checks.poison(monkeypatch)
 
 
 @dataclass(frozen=True)

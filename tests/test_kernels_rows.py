@@ -12,8 +12,7 @@ from torchfold import _rows, _triton, ops
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate = _triton._allocate
-    monkeypatch.setattr(_triton, "_allocate", lambda *args: allocate(*args).fill_(float("nan")))
+    kernel_checks.poison(monkeypatch)
 
 
 def layer_norm(implementation: str, x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ CONSTANT = ("pair_mask", "factor")
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate = _triton._allocate
-    monkeypatch.setattr(_triton, "_allocate", lambda *args: allocate(*args).fill_(float("nan")))
+    kernel_checks.poison(monkeypatch)
 
 
 @dataclass(frozen=True)
