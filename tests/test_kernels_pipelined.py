@@ -142,6 +142,20 @@ def test_they_run_where_their_sizes_fit(launched: list[str]) -> None:
     assert not set(launched) & IN_ORDER
 
 
+@pytest.mark.parametrize("n", [N, N + 1])
+def test_torch_operators_are_declared_as_they_behave(launched: list[str], n: int) -> None:
+    """Shapes that are not known while a program is compiled among them."""
+    given = arrays(n)
+    seed = given.pop("seed")
+    leaves = [x.clone().requires_grad_() for x in given.values()]
+    checks = "test_faketensor", "test_aot_dispatch_dynamic"
+    torch.library.opcheck(_rows._transition_saving, (*leaves, True), test_utils=checks)
+    _, *saved = _rows._transition_saving(*given.values(), True)
+    x, scale, offset, weights1, _, weights2, _ = given.values()
+    arguments = x, seed, scale, offset, weights1, weights2, *saved, True
+    torch.library.opcheck(_rows._transition_backward, arguments, test_utils=checks[0])
+
+
 def test_jax_runs_them_with_the_same_results(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

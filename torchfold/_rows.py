@@ -175,7 +175,7 @@ def _(
     bias2: Tensor,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c, f = weights1.shape
+    c, f = map(int, weights1.shape)  # numbers also where shapes are not known: which kernel fits
     n, kind = x.numel() // c, (dtype_name(x), architecture(x.device))
     words = n * f // 32 if transition_pipelined.fits(n, c, f, *kind) else 0
     return x.new_empty(x.shape), x.new_empty((n, f)), x.new_empty(words, dtype=torch.int32)
