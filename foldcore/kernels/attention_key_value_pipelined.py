@@ -16,7 +16,6 @@ Sizes that this kernel does not take are left to ``attention_long``, whose resul
 rounding. Triton's interpreter cannot run Gluon; ``tests/gluon_interpreter.py`` does.
 """
 
-import math
 from dataclasses import dataclass
 
 from triton.experimental import gluon
@@ -305,8 +304,8 @@ def attention_key_value_pipelined_kernel(
 def fits(problem: Problem) -> bool:
     """Whether the kernel takes these sizes: measured ones, on the one architecture."""
     kind = problem.dtype, problem.architecture, problem.width, problem.holds_bias
-    short = math.prod(problem.shape[1:]) < 2**31  # within an example places are 32 bits
-    return kind == ("bfloat16", ARCHITECTURE, WIDTH, True) and problem.length in SIZES and short
+    known = kind == ("bfloat16", ARCHITECTURE, WIDTH, True) and problem.length in SIZES
+    return known and problem.short
 
 
 def key_value_grad(problem: Problem, steps: Steps | None = None) -> Launch:

@@ -15,7 +15,6 @@ Sizes that this kernel does not take are left to ``attention``, whose results th
 rounding. Triton's interpreter cannot run Gluon; ``tests/gluon_interpreter.py`` does.
 """
 
-import math
 from dataclasses import dataclass
 
 from triton.experimental import gluon
@@ -310,8 +309,8 @@ def attention_pipelined_kernel(
 def fits(problem: Problem) -> bool:
     """Whether the kernel takes these sizes: measured ones, on the one architecture."""
     kind = problem.dtype, problem.architecture, problem.width
-    short = math.prod(problem.shape[1:]) < 2**31  # within an example places are 32 bits
-    return kind == ("bfloat16", ARCHITECTURE, WIDTH) and size_class(problem) in SIZES and short
+    known = kind == ("bfloat16", ARCHITECTURE, WIDTH) and size_class(problem) in SIZES
+    return known and problem.short
 
 
 def size_class(problem: Problem) -> tuple[int, bool]:

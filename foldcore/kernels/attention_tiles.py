@@ -79,6 +79,11 @@ class Problem:
         return self.has_bias and self.short_scale
 
     @property
+    def short(self) -> bool:
+        """Within an example places are 32 bits."""
+        return math.prod(self.shape[1:]) < 2**31
+
+    @property
     def statistics(self) -> Output:
         """One number for each query."""
         return Output((self.batch, self.groups, self.heads, self.length), "float32")

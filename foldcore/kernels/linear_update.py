@@ -34,6 +34,7 @@ from foldcore.kernels.rows import (
     load_weights,
     product,
 )
+from foldcore.kernels.turns import MULTIPROCESSORS
 
 # (architecture, channels of the tile that is loaded once, up to) -> sizes
 FORWARD = {
@@ -49,7 +50,6 @@ BACKWARD = {
 # Of FORWARD in bfloat16: channels up to -> programs on each multiprocessor, which take tiles in
 # turn; tiles whose loads are on their way at once, where they fit on chip.
 TURNS: dict[int, tuple[int, int | None]] = {64: (2, 3), 128: (1, 3), 256: (1, None)}
-MULTIPROCESSORS = 132
 WEIGHTS = 256 * 256  # elements that a program holds at most
 SIDE = 16  # positions along i of a tile of transposed rows
 

@@ -175,7 +175,7 @@ def transition_pipelined_kernel(
     residual = None
     if RESIDUAL:  # in place of the first weights, which are as large
         residual = first._reinterpret(gl.bfloat16, [BLOCK_N, C], shared)
-        async_copy.async_copy_global_to_shared(residual, tile_at(x_ptr, BLOCK_N, C, C))
+        copy_tile(x_ptr, residual, True, C)
         async_copy.commit_group()
     y = warpgroup_mma_wait(0, deps=[y])
     async_copy.wait_group(0)

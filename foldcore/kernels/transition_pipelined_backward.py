@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foldcore.kernels.dependent import await_previous
-from foldcore.kernels.hopper import tile_at
+from foldcore.kernels.hopper import copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
 from foldcore.kernels.transition_pipelined import SIZES, copy_first, copy_second
 from foldcore.kernels.transition_signs import COLUMNS, masked, signs, words_at
@@ -33,16 +33,9 @@ PART = gl.constexpr(32)  # rows of which LayerNorm's backward pass is taken at a
 
 
 @gluon.jit
-def copy_rows(ptr, place):
-    """Begin to copy whole rows."""
-    at = tile_at(ptr, place.shape[0], place.shape[1], place.shape[1])
-    async_copy.async_copy_global_to_shared(place, at)
-
-
-@gluon.jit
 def begin_copies(dy_ptr, weights1_ptr, weights2_ptr, dy, first, second, F: gl.constexpr):
     """What the first product reads; then what the next two do."""
-    copy_rows(dy_ptr, dy)
+    copy_tile(dy_ptr, dy, True, dy.shape[1])
     copy_second(0, weights2_ptr, second, F)
     async_copy.commit_group()
     copy_first(0, weights1_ptr, first, F)
@@ -199,7 +192,7 @@ def transition_pipelined_backward_kernel(
     place, y = through_relu(h, words, y, places, LAST)
     y = by_weights(place, first, LAST, y, True)
     x = second._reinterpret(gl.bfloat16, [BLOCK_N, C], shared)  # in the place of weights
-    copy_rows(x_ptr + start * C, x)
+    copy_tile(x_ptr + start * C, x, True, C)
     async_copy.commit_group()
     scale, offset = load_vector(scale_ptr, C), load_vector(offset_ptr, C)
     write(place, LAST, dhidden_ptr, hidden_sums_ptr, F)
