@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldcore.kernels import triangle, triangle_fold, triangle_output_pipelined, triangle_pipelined
+from foldcore.kernels import (
+    triangle,
+    triangle_fold,
+    triangle_output_pipelined,
+    triangle_pipelined,
+    turns,
+)
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.triangle_pipelined import Steps
 from tests import gluon_interpreter, kernel_checks, test_kernels_triangle
@@ -35,7 +41,7 @@ KERNELS = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with few processors, so that a program has several tiles."""
-    monkeypatch.setattr(triangle_pipelined, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(turns, "MULTIPROCESSORS", 3)
 
 
 def arrays(residues: int = RESIDUES, **kind: object) -> dict[str, Tensor]:

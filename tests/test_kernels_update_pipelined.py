@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldcore.kernels import linear_update_pipelined
+from foldcore.kernels import linear_update_pipelined, turns
 from foldcore.kernels.launch import Launch
 from foldcore.kernels.linear_update_pipelined import Steps
 from tests import gluon_interpreter, kernel_checks, test_kernels_update
@@ -36,7 +36,7 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device with few processors."""
-    monkeypatch.setattr(linear_update_pipelined, "MULTIPROCESSORS", 5)
+    monkeypatch.setattr(turns, "MULTIPROCESSORS", 5)
 
 
 def run(

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.hopper import ARCHITECTURE, copy_tile
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.turns import MULTIPROCESSORS
+from foldcore.kernels.turns import share
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,6 @@ def forward(
     tiles = i // steps.side, j // (steps.rows // steps.side)
     length, kept = reversed(tiles) if shared == 2 else tiles
     blocks, parts = b * kept, c // steps.columns
-    programs = MULTIPROCESSORS * steps.programs // (parts * blocks)
     sizes = {"N": i * j, "C": c, "SHARED": shared, "RESIDUAL": residual}
     ways = {"KEPT": kept, "LENGTH": length, "BLOCKS": blocks, "SIDE": steps.side}
     tile = {"ROWS": steps.rows, "COLUMNS": steps.columns, "AHEAD": steps.ahead}
@@ -238,7 +237,7 @@ def forward(
     del x["X_J"]  # as C
     return Launch(
         kernel=linear_update_pipelined_kernel,
-        grid=(parts * blocks * min(length, max(1, programs)),),
+        grid=(parts * blocks * share(length, parts * blocks, steps.programs),),
         outputs=(Output((b * i * j, c), "bfloat16"),),
         constants=sizes | ways | y | x | tile,
         num_warps=steps.num_warps,

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.hopper import ARCHITECTURE, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.rows import EPS
 from foldcore.kernels.transition_signs import signs, words_at
 
 
@@ -54,7 +55,7 @@ def normalized_tile(x_ptr, scale_ptr, offset_ptr, BLOCK_N: gl.constexpr, C: gl.c
     x = gl.load(tile_at(x_ptr, BLOCK_N, C, C)).to(gl.float32)
     column = gl.arange(0, C, layout=gl.SliceLayout(0, x.type.layout))
     x = x - (gl.sum(x, 1) / C)[:, None]
-    rstd = gl.rsqrt(gl.sum(x * x, 1) / C + 1e-5)
+    rstd = gl.rsqrt(gl.sum(x * x, 1) / C + EPS)
     scale = gl.load(scale_ptr + column).to(gl.float32)[None, :]
     offset = gl.load(offset_ptr + column).to(gl.float32)[None, :]
     return (x * rstd[:, None] * scale + offset).to(gl.bfloat16)

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.hopper import copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
+from foldcore.kernels.rows import EPS
 from foldcore.kernels.transition_pipelined import SIZES, copy_first, copy_second
 from foldcore.kernels.transition_signs import COLUMNS, masked, signs, words_at
 
@@ -99,7 +100,7 @@ def norm_backward(x, scale, offset, gradient):
     by_normal = gradient * scale
     x = x - (gl.sum(x, 1) / C)[:, None]
     mean = (gl.sum(by_normal, 1) / C)[:, None]
-    rstd = gl.rsqrt(gl.sum(x * x, 1) / C + 1e-5)[:, None]
+    rstd = gl.rsqrt(gl.sum(x * x, 1) / C + EPS)[:, None]
     slope = (gl.sum(by_normal * x, 1) / C)[:, None] * rstd
     normal = x * rstd
     return (by_normal - mean - normal * slope) * rstd, normal * scale + offset, gradient * normal

@@ -23,8 +23,8 @@ from foldcore.kernels.triangle_pipelined import (
     constants,
     reciprocal,
     row_moments,
-    share,
 )
+from foldcore.kernels.turns import share
 
 # channels -> sizes, of an H200
 SIZES = {
@@ -302,7 +302,7 @@ def output(
     sizes = {"I": i, "J": j, "C": c, "H": h, "BLOCKS": blocks}
     return Launch(
         kernel=triangle_output_pipelined_kernel,
-        grid=(blocks * share(i, blocks, steps),),
+        grid=(blocks * share(i, blocks, steps.programs),),
         outputs=(Output((b, i * j, c), "bfloat16"), number, number),
         constants=sizes | {"HAS_FACTOR": has_factor, "RESIDUAL": residual} | constants(steps),
         num_warps=steps.num_warps,

@@ -27,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foldcore.kernels.dependent import await_previous
 from foldcore.kernels.hopper import ARCHITECTURE, copy_tile, tile_at
 from foldcore.kernels.launch import Launch, Output
-from foldcore.kernels.rows import LOG2_E
-from foldcore.kernels.turns import MULTIPROCESSORS
+from foldcore.kernels.rows import EPS, LOG2_E
+from foldcore.kernels.turns import share
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def row_moments(x, C: gl.constexpr, mma: gl.constexpr):
     wide = x.to(gl.float32)
     mean = gl.convert_layout(gl.sum(wide, 1), gl.SliceLayout(1, mma), assert_trivial=True) / C
     squares = gl.convert_layout(gl.sum(wide * wide, 1), gl.SliceLayout(1, mma), assert_trivial=True)
-    return mean, gl.rsqrt(gl.maximum(squares / C - mean * mean, 0.0) + 1e-5)
+    return mean, gl.rsqrt(gl.maximum(squares / C - mean * mean, 0.0) + EPS)
 
 
 @gluon.constexpr_function
@@ -253,16 +253,11 @@ def project(b: int, p: int, c: int, h: int, steps: Steps | None = None) -> Launc
     sizes = {"B": b, "P": p, "C": c, "H": h, "GROUPS": steps.groups}
     return Launch(
         kernel=triangle_project_pipelined_kernel,
-        grid=(steps.groups * share(tiles, steps.groups, steps),),
+        grid=(steps.groups * share(tiles, steps.groups, steps.programs),),
         outputs=(side, side, Output((b, p), "float32")),
         constants=sizes | constants(steps),
         num_warps=steps.num_warps,
     )
-
-
-def share(turns: int, parts: int, steps: Steps) -> int:
-    """Programs for each of the parts, which take so many turns."""
-    return min(turns, max(1, MULTIPROCESSORS * steps.programs // parts))
 
 
 def constants(steps: Steps) -> dict[str, int]:

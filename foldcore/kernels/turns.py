@@ -48,5 +48,11 @@ def choose(measured: Turns, channels: int, dtype: str, architecture: int) -> Tur
 
 def groups(tiles: int, turns: Turns, parts: int, architecture: int) -> int:
     """Programs that share the tiles, where each tile takes ``parts`` programs."""
-    processors = 3 if architecture == INTERPRETER else MULTIPROCESSORS
-    return min(tiles, max(1, processors * turns.programs // parts))
+    if architecture == INTERPRETER:
+        return min(tiles, max(1, 3 * turns.programs // parts))
+    return share(tiles, parts, turns.programs)
+
+
+def share(tiles: int, parts: int, programs: int) -> int:
+    """Programs that share the tiles of each part, so many on each multiprocessor in all."""
+    return min(tiles, max(1, MULTIPROCESSORS * programs // parts))
