@@ -20,9 +20,14 @@ def norm(x: Array) -> Array:
 def update(
     gradient: Array, old: Sequence[Array], coefficients: Sequence[Array], config: OptimizerConfig
 ) -> tuple[list[Array], tuple[Array, Array]]:
-    """The new buffers, and norms of the parameters and of Adam's direction."""
-    launch = kernels.update(gradient.size, config, architecture())
+    """The new buffers, and norms of the parameters and of Adam's direction.
+
+    The buffers are four, or five with the rounded parameters.
+    """
+    rounded = len(old) == 5
+    launch = kernels.update(gradient.size, config, architecture(), rounded)
+    given = [*old, jnp.zeros(1, jnp.bfloat16)][:5]
     vector = jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in coefficients])
-    *new, sums = call(launch, gradient, *old, vector)
+    *new, sums = call(launch, gradient, *given, vector)
     norms = jnp.sqrt(sum_columns(sums, gradient))
-    return new, (norms[0], norms[1])
+    return new[: len(old)], (norms[0], norms[1])

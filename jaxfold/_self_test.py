@@ -93,13 +93,19 @@ def _loss(outputs: Mapping[str, Array]) -> Array:
 @_run.register
 def _(case: UpdateCase, implementation: str, arrays: dict[str, Array]) -> Mapping[str, Array]:
     """The new buffers and all norms."""
-    old = optimizer.Buffers(**{name: arrays[name] for name in optimizer.Buffers._fields})
+    gradient, overwritten = arrays["gradient"], jnp.zeros(case.size, jnp.bfloat16)
+    buffers = {name: arrays[name] for name in ("params", "mu", "nu", "ema")}
     step, finite = jnp.int32(case.step), jnp.bool_(True)
     with _using(implementation):
-        factor, norm = optimizer.clip_factor(arrays["gradient"], case.max_norm)
-        given = (arrays["gradient"], factor, old, step, finite, case.config)
-        new, norms = optimizer.update(*given)
-    return {"the gradient's norm": norm, **new._asdict(), **norms}
+        factor, norm = optimizer.clip_factor(gradient, case.max_norm)
+        old = optimizer.Buffers(**buffers, rounded=overwritten)
+        new, norms = optimizer.update(gradient, factor, old, step, finite, case.config)
+    # beside its own: numbers near the middle between two may become either; XLA would leave out
+    # that they are rounded
+    assert new.rounded is not None
+    rounded = jax.lax.optimization_barrier(new.rounded).astype(jnp.float32)
+    exact = rounded / jax.lax.reduce_precision(new.params, exponent_bits=8, mantissa_bits=7)
+    return {"the gradient's norm": norm, **new._asdict(), "rounded": exact, **norms}
 
 
 @_run.register

@@ -76,6 +76,7 @@ class Buffers(NamedTuple):
     mu: Float[Array, " n"]
     nu: Float[Array, " n"]
     ema: Float[Array, " n"]
+    rounded: Float[Array, " n"] | None = None  # the parameters in the dtype of this buffer
 
 
 def update(
@@ -97,13 +98,16 @@ def update(
         count = jnp.asarray(step).astype(jnp.float32)
         corrections = [_bias_correction(count, beta) for beta in (config.beta1, config.beta2)]
         coefficients = (factor, rate, decay, *corrections, finite)
-        buffers, norms = _optimizer.update(gradient, old, coefficients, config)
+        given = [x for x in old if x is not None]
+        buffers, norms = _optimizer.update(gradient, given, coefficients, config)
         new = Buffers(*buffers)
     else:
         direction, mu, nu = adam(gradient * factor, old.mu, old.nu, step, config)
         params = old.params - rate * direction
-        made = Buffers(params, mu, nu, decay * old.ema + (1 - decay) * params)
-        new = Buffers(*(jnp.where(finite, a, b) for a, b in zip(made, old, strict=True)))
+        made = params, mu, nu, decay * old.ema + (1 - decay) * params
+        new = Buffers(*(jnp.where(finite, a, b) for a, b in zip(made, old[:4], strict=True)))
+        if old.rounded is not None:
+            new = new._replace(rounded=new.params.astype(old.rounded.dtype))
         norms = jnp.linalg.norm(new.params), jnp.linalg.norm(direction)
     logged = {"param_norm": norms[0], "update_norm": rate * norms[1], "learning_rate": rate}
     return new, logged

@@ -9,6 +9,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,27 @@ class Network:
         initialize(model, seed)
         return self.layout.flatten(jax.device_get(parameters(model)))
 
-    def unflatten(self, flat: Float[Array, " n"]) -> dict[str, Array]:
-        """Parameters by name; the trunk's are cast to the dtype it computes in."""
+    def with_rounded(self, state: Any) -> Any:
+        """The state with the parameters in the trunk's dtype as well, where that is narrower."""
+        if self._dtype.itemsize >= state.params.dtype.itemsize:
+            return state
+        return replace(state, rounded=state.params.astype(self._dtype))
 
-        def placed(name: str, p: Array) -> Array:
+    def unflatten(
+        self, flat: Float[Array, " n"], rounded: Float[Array, " n"] | None = None
+    ) -> dict[str, Array]:
+        """Parameters by name; the trunk's in the dtype it computes in, ``rounded`` or cast now."""
+        wide = self.layout.unflatten(flat)
+        narrow = wide if rounded is None else self.layout.unflatten(rounded)
+
+        def placed(name: str) -> Array:
+            p = narrow[name] if name.startswith(TRUNK) else wide[name]
             if name.startswith(TRUNK) and p.dtype != self._dtype:
                 return p.astype(self._dtype)
             # an array of its own: a part of the buffer begins at addresses that no kernel can read
             return jax.lax.optimization_barrier(p)
 
-        return {name: placed(name, p) for name, p in self.layout.unflatten(flat).items()}
+        return {name: placed(name) for name in wide}
 
     def flatten(self, tree: Mapping[str, Array]) -> Float[Array, " n"]:
         """Arrays by name as one buffer in at least float32."""
@@ -111,11 +123,16 @@ class Network:
 def value_and_grad(
     loss_fn: Callable[..., tuple[Array, dict[str, Array]]], network: Network
 ) -> Callable[..., tuple[dict[str, Array], Float[Array, " n"]]]:
-    """``loss_fn(params, ...)`` -> its metrics and its gradient by the flat parameters."""
+    """``loss_fn(params, ...)`` -> its metrics and its gradient by the flat parameters.
+
+    The function takes these, and in their place for the trunk ``rounded``, as ``unflatten`` does.
+    """
     function = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def run(flat: Float[Array, " n"], *rest: Any) -> tuple[dict[str, Array], Float[Array, " n"]]:
-        (_, metrics), gradient = function(network.unflatten(flat), *rest)
+    def run(
+        flat: Float[Array, " n"], rounded: Float[Array, " n"] | None, *rest: Any
+    ) -> tuple[dict[str, Array], Float[Array, " n"]]:
+        (_, metrics), gradient = function(network.unflatten(flat, rounded), *rest)
         return metrics, network.flatten(gradient)
 
     return run

@@ -58,6 +58,7 @@ class TrainState:
     nu: Float[Any, " n"]  # Adam's second moment
     ema: Float[Any, " n"]  # averaged parameters, which are evaluated
     step: Int[Any, ""]
+    rounded: Float[Any, " n"] | None = None  # params for the trunk, in its dtype; never saved
 
 
 def make_state(config: Config, network: Network) -> TrainState:
@@ -93,7 +94,7 @@ def train_step(
     clip_last = settings.clip == "global" or config.train.batch_size == 1
 
     def example_gradient(example: Batch) -> tuple[Array, dict[str, Array]]:
-        logged, gradient = gradient_of(state.params, network, config, example, step)
+        logged, gradient = gradient_of(state.params, state.rounded, network, config, example, step)
         if not clip_last:
             gradient, logged["grad_norm"] = clip_by_global_norm(gradient, settings.clip_norm)
         return gradient, logged
@@ -103,9 +104,9 @@ def train_step(
     if clip_last:
         factor, logged["grad_norm"] = clip_factor(gradient, settings.clip_norm)
     finite = jnp.isfinite(logged["loss/total"]) & jnp.isfinite(logged["grad_norm"])
-    old = Buffers(state.params, state.mu, state.nu, state.ema)
+    old = Buffers(state.params, state.mu, state.nu, state.ema, state.rounded)
     new, norms = update(gradient, factor, old, step, finite, settings)
-    updated = TrainState(*new, keep_where(finite, step, state.step))
+    updated = TrainState(**new._asdict(), step=keep_where(finite, step, state.step))
     logged.update(norms)
     passes = batch["num_iter_recycling"]
     logged["recycling"] = passes.sum() / len(passes)
@@ -213,7 +214,7 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
     update = CompiledStep(partial(train_step, run.network, config), config, run.mesh, donate=True)
     predict = CompiledStep(partial(eval_step, run.network, config), config, run.mesh, donate=False)
     first = int(state.step) + 1
-    state = distributed.replicate(run.mesh, state)
+    state = run.network.with_rounded(distributed.replicate(run.mesh, state))
     if due(first - 1, settings.steps, settings.eval_every) and log.lacks(first - 1, "eval/"):
         log.row(first - 1, evaluate(predict, state, run))  # the run ended after saving
     batches = prefetch(run.loader, run.mesh)
@@ -244,10 +245,9 @@ def run_steps(run: Run, state: TrainState, window: Window) -> bool:
 
 def save(run: Run, state: TrainState, metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint in the background, once the device has come this far."""
-    host = fetch(state)
-    sections = {section: getattr(host, section) for section in SECTIONS}
+    sections = fetch({section: getattr(state, section) for section in SECTIONS})
     record = {**metadata, "config": dumps(run.config), "versions": versions()}
-    run.writer.save(int(host.step), sections, run.network.layout, record)
+    run.writer.save(int(fetch(state.step)), sections, run.network.layout, record)
 
 
 def main(argv: list[str]) -> int:

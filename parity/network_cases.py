@@ -55,7 +55,7 @@ def jax_run(setting: Setting) -> Run:
     def run(parameters: Arrays, inputs: Arrays) -> Arrays:
         flat = network.layout.flatten(parameters).astype(setting.wide)
         x = cast(JAX, dict.fromkeys(inputs, setting.wide), inputs, "")
-        found, gradient = program(flat, x)
+        found, gradient = program(flat, None, x)
         return table(inputs, found, network.layout.unflatten(np.asarray(gradient)))
 
     return using(JAX, setting.implementation, run)
@@ -80,7 +80,7 @@ def torch_run(setting: Setting) -> Run:
         flat = network.layout.flatten(parameters).astype(setting.wide)
         x = cast(TORCH, dict.fromkeys(inputs, setting.wide), inputs, device)
         x["num_iter_recycling"] = x["num_iter_recycling"].cpu()
-        found, gradient = program(torch.tensor(flat, device=device), x)
+        found, gradient = program(torch.tensor(flat, device=device), None, x)
         parts: dict[str, Named] = {"outputs": {}, "terms": {}}
         for name, value in found.items():
             kind, _, rest = name.partition(" ")

@@ -153,7 +153,7 @@ class Program:
         copy = self.setting.device == "cpu"
         wide = {n: x.astype(self.setting.wide, copy=copy) for n, x in sections.items()}
         host = self.track.train.TrainState(**wide, step=np.asarray(step, np.int32))
-        return self.track.distributed.replicate(self.mesh, host)
+        return self.network.with_rounded(self.track.distributed.replicate(self.mesh, host))
 
     def __call__(self, state: Any, batch: Arrays) -> tuple[Any, dict[str, Any]]:
         """The next state, and what is logged; ``state`` is used up."""

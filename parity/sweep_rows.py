@@ -106,7 +106,7 @@ LAUNCHES: dict[str, Callable[[Any, Any], Launch]] = {
     "update forward": lambda s, t: linear_update.forward(*_update_kind(s), residual=True, tiles=t),
     "update backward": lambda s, t: linear_update.backward(*_update_kind(s), tiles=t),
     "optimizer": lambda s, t: optimizer.update(
-        s[0], OptimizerConfig(), KIND[1], t or optimizer.MEASURED
+        s[0], OptimizerConfig(), KIND[1], True, t or optimizer.MEASURED
     ),
     "outer project": lambda s, t: outer_product.project(_outer_shape(s), *KIND, True, t),
     "outer gradient backward": lambda s, t: outer_product.gradient(_outer_shape(s), *KIND, t),
@@ -151,7 +151,7 @@ def _update_backward_inputs(shape: tuple[int, int, int, int]) -> list[Array]:
 
 def _optimizer_inputs(shape: tuple[int]) -> list[Array]:
     buffer: Array = "mask", shape
-    return [buffer, buffer, buffer, buffer, buffer, ("mask", (6,))]
+    return [buffer, buffer, buffer, buffer, buffer, ("normal", shape), ("mask", (6,))]
 
 
 def _outer_inputs(kernel: str, shape: tuple[int, int, int]) -> list[Array]:

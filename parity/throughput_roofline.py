@@ -23,8 +23,9 @@ from parity.timing import Ceilings, measure_ceilings
 from parity.tracks import JAX, Named, flatten, using
 
 UPDATE = "clip, Adam, averages"
-# of float32 buffers: the gradient twice (its norm comes first), and the state, read and written
-PASSES_OF_UPDATE = 2 + 4 + 4
+# of float32 buffers: the gradient twice (its norm comes first), the state, read and written, and
+# the parameters in bfloat16, which are half as large
+PASSES_OF_UPDATE = 2 + 4 + 4 + 0.5
 
 
 def roofline(config: Config) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Trainer:
         function = partial(train.train_step, network, config)
         self._step = step.CompiledStep(function, config, self.mesh, donate=True)
         self._fetch, self._place = step.fetch, distributed.place
-        self._state = distributed.replicate(self.mesh, train.make_state(config, network))
+        state = distributed.replicate(self.mesh, train.make_state(config, network))
+        self._state = network.with_rounded(state)
         with open_loader(config, rank=0, world=1, warn=print) as loader:
             self.host_batch = next(loader)
         self.device, self.versions = distributed.describe_devices(), step.versions()

@@ -80,15 +80,18 @@ def transitions(*inputs: jax.Array) -> list[jax.Array]:
 
 def programs() -> dict[str, tuple[Any, list[Any]]]:
     size = 5000
-    launch = optimizer.update(size, OptimizerConfig(), 90)
+    launch = optimizer.update(size, OptimizerConfig(), 90, rounded=True)
     coefficients = jnp.zeros(8)
     shapes = (256, 64), (64,), (64,), (64, 256), (256,), (256, 64), (64,)
-    vectors = [jnp.zeros(size)] * 5
+    vectors = [*[jnp.zeros(size)] * 5, jnp.zeros(size, jnp.bfloat16)]
     return {
         "norms": (norms, [jnp.zeros(SHAPE), jnp.zeros(SHAPE[1]), jnp.zeros(SHAPE[1])]),
         "scaled": (lambda x: scaled(scaled(x, 0.5, -2), 3.0, 7), [jnp.zeros(64)]),
         "transitions": (transitions, [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]),
-        "update": (lambda *x: _triton.call(launch, *x), [*vectors, coefficients]),
+        "update": (
+            lambda *x: _triton.call(launch, *x),
+            [*vectors, coefficients],
+        ),
     }
 
 

@@ -27,7 +27,7 @@ class OneMatrix:
 
     layout = make_layout({"weights": (IN, OUT)})
 
-    def unflatten(self, flat: Any) -> dict[str, Any]:
+    def unflatten(self, flat: Any, rounded: Any = None) -> dict[str, Any]:
         return self.layout.unflatten(flat)
 
     def flatten(self, tree: dict[str, Any]) -> Any:
@@ -76,6 +76,7 @@ def run(clip: str, batches: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]
         for batch in batches:
             state, metrics = step(state, distributed.place(mesh, batch))
             host = jax.device_get({**metrics, **vars(state)})
+            assert host.pop("rounded") is None  # these networks have no trunk
             results.append({name: np.asarray(value).tolist() for name, value in host.items()})
     return results
 

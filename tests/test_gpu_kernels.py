@@ -178,12 +178,13 @@ def test_jax_update_overwrites_donated_buffers() -> None:
     from jaxfold import _triton
 
     size = 100_003
-    launch = optimizer.update(size, OptimizerConfig(), _triton.architecture())
+    launch = optimizer.update(size, OptimizerConfig(), _triton.architecture(), rounded=True)
 
     def update(old: list[jax.Array], gradient: jax.Array) -> list[jax.Array]:
-        return list(_triton.call(launch, gradient, *old, jnp.ones(8))[:4])
+        return list(_triton.call(launch, gradient, *old, jnp.ones(8))[:5])
 
     old = [jnp.full(size, float(i)) for i in range(4)]
+    old.append(jnp.zeros(size, jnp.bfloat16))
     places = [x.unsafe_buffer_pointer() for x in old]
     new = jax.jit(update, donate_argnums=0)(old, jnp.ones(size))
     assert [x.unsafe_buffer_pointer() for x in new] == places

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -47,10 +47,13 @@ def arrays(n: int) -> Results:
     return {name: x.astype(np.float32) for name, x in made.items()}
 
 
-def run(track: str, implementation: str, n: int, finite: bool) -> Results:
-    """The new buffers and all norms, by name."""
+def run(track: str, implementation: str, n: int, finite: bool, rounded: bool = False) -> Results:
+    """The new buffers and all norms, by name; ``rounded`` parameters as float32."""
     ops_module: Any = ops if track == "jax" else torch_ops
     optimizer: Any = jax_optimizer if track == "jax" else torch_optimizer
+
+    def bfloat16(x: Any) -> Any:
+        return x.astype(jnp.bfloat16) if track == "jax" else x.bfloat16()
 
     def put(x: np.ndarray) -> Any:
         return jnp.asarray(x) if track == "jax" else torch.from_numpy(np.array(x)).to(DEVICE)
@@ -60,14 +63,20 @@ def run(track: str, implementation: str, n: int, finite: bool) -> Results:
     try:
         factor, norm = optimizer.clip_factor(gradient, 0.1)
         old = optimizer.Buffers(*buffers)
+        if rounded:  # what was there does not matter
+            old = old._replace(rounded=bfloat16(buffers[1]))
         given = (gradient, factor, old, put(np.int32(3)), put(np.bool_(finite)), CONFIG)
         new, norms = optimizer.update(*given)
     finally:
         ops_module.use("reference")
     found = {**new._asdict(), **norms, "grad_norm": norm}
+    assert (found["rounded"] is not None) == rounded
+    if rounded:
+        assert found["rounded"].dtype == bfloat16(gradient).dtype
+    given = {name: x for name, x in found.items() if x is not None}
     if track == "jax":
-        found = jax.device_get(found)
-    return {name: np.asarray(x if track == "jax" else x.cpu()) for name, x in found.items()}
+        return {name: np.asarray(x.astype(jnp.float32)) for name, x in given.items()}
+    return {name: x.float().cpu().numpy() for name, x in given.items()}
 
 
 @pytest.mark.parametrize("track", ["jax", "torch"])
@@ -83,3 +92,14 @@ def test_a_non_finite_update_leaves_the_buffers(track: str) -> None:
     found, before = run(track, "triton", 257, False), arrays(257)
     for name in ("params", "mu", "nu", "ema"):
         np.testing.assert_array_equal(found[name], before[name], err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("track", ["jax", "torch"])
+@pytest.mark.parametrize("finite", [True, False])
+def test_rounded_parameters_are_those_kept(track: str, implementation: str, finite: bool) -> None:
+    found = run(track, implementation, 1000, finite, rounded=True)
+    expected = found["params"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(found.pop("rounded"), expected)
+    for name, plain in run(track, implementation, 1000, finite).items():
+        np.testing.assert_array_equal(found[name], plain, err_msg=name)

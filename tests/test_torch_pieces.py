@@ -69,9 +69,9 @@ def two_passes(network: Network) -> dict[str, Any]:
         total, terms = alphafold_loss(network(params, batch, key), batch, Config().loss)
         return total.mean(), terms
 
-    first = network._next_pass(flat, batch, None, key)
-    second = network._next_pass(flat, batch, first, key)._asdict()
-    terms, gradient = value_and_grad(loss, network)(flat, {**batch, **second})
+    first = network._next_pass(flat, None, batch, None, key)
+    second = network._next_pass(flat, None, batch, first, key)._asdict()
+    terms, gradient = value_and_grad(loss, network)(flat, None, {**batch, **second})
     return {**second, **terms, "gradient": gradient}
 
 

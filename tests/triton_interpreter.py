@@ -68,12 +68,25 @@ tl.constexpr.__rmod__ = lambda self, other: other % self.value
 
 
 def jax_call(launch, *inputs):
-    """What ``jaxfold._triton.call`` does, on the host by way of PyTorch's wrapper; float32 only."""
+    """What ``jaxfold._triton.call`` does, on the host by way of PyTorch's wrapper."""
 
     def run(*arrays):
-        tensors = [torch.from_numpy(np.array(x)) for x in arrays]
+        tensors = [_from_numpy(np.array(x)) for x in arrays]
         with _ONE_AT_A_TIME:
-            return tuple(x.numpy() for x in _triton.call(launch, *tensors))
+            return tuple(map(_to_numpy, _triton.call(launch, *tensors)))
 
     shapes = tuple(jax.ShapeDtypeStruct(o.shape, o.dtype) for o in launch.outputs)
     return jax.pure_callback(run, shapes, *inputs)
+
+
+def _from_numpy(x):
+    """As PyTorch's array, which knows no bfloat16 of numpy: such numbers as two bytes."""
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def _to_numpy(x):
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()

@@ -36,8 +36,10 @@ def table(name: str, dtype: torch.dtype, device: torch.device, *arguments: float
 
 
 def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
-    """``function`` of every leaf of equal trees of dicts, tuples, named tuples and lists."""
+    """``function`` of every leaf of equal trees of dicts, tuples, named tuples, lists and None."""
     tree = trees[0]
+    if tree is None:
+        return None
     if isinstance(tree, dict):
         return {key: map_tree(function, *(t[key] for t in trees)) for key in tree}
     if isinstance(tree, tuple | list):

@@ -25,8 +25,11 @@ from torchfold.ops import UnsupportedOp
 from torchfold.primitives import DropoutKey
 
 COUNT = "num_iter_recycling"
-# one pass: (parameters, batch of one slot, what the pass before left or None, dropout key)
-NextPass = Callable[[Tensor, dict[str, Tensor], Recycled | None, DropoutKey | None], Recycled]
+# one pass: (parameters, the same rounded or None, batch of one slot, what the pass before left or
+# None, dropout key)
+NextPass = Callable[
+    [Tensor, Tensor | None, dict[str, Tensor], Recycled | None, DropoutKey | None], Recycled
+]
 
 
 class TwoParts:
@@ -48,7 +51,7 @@ class TwoParts:
         self._batch = {name: x.clone() for name, x in batch.items() if name != COUNT}
         device = batch["aatype"].device
         self._pass = torch.zeros(1, dtype=torch.int64, device=device)
-        self._recycled = next_pass(state.params, self._batch, None, None)
+        self._recycled = next_pass(state.params, state.rounded, self._batch, None, None)
 
     def load(self, batch: Mapping[str, Tensor]) -> None:
         """Take a new batch, and go back to its first pass."""
@@ -70,7 +73,7 @@ class TwoParts:
             if self._config.train.dropout:  # the key of ``loss_fn``
                 step = state.step + 1
                 key = DropoutKey(self._config.train.seed, step, example["example_id"])
-            after = self._next_pass(state.params, example, before, key)
+            after = self._next_pass(state.params, state.rounded, example, before, key)
             map_tree(lambda buffer, new: buffer.copy_(new), before, after)
         self._pass += 1
 
@@ -97,7 +100,7 @@ class GraphedStep:
 
     def __init__(self, parts: TwoParts, batch: Mapping[str, Tensor]) -> None:
         self._parts = parts
-        self._addresses = [buffer.data_ptr() for buffer in parts.state]
+        self._addresses = _addresses(parts.state)
         start = time.perf_counter()
         parts.load(batch)
         self._compile_kernels()
@@ -111,7 +114,7 @@ class GraphedStep:
 
     def __call__(self, state: Any, batch: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Start the step; ``state`` must be the one given first, whose memory the graphs know."""
-        if [buffer.data_ptr() for buffer in state] != self._addresses:
+        if _addresses(state) != self._addresses:
             raise ValueError("a captured step updates the state it was captured with, and no other")
         self._parts.load(batch)
         for _ in range(int(batch[COUNT][0])):
@@ -168,6 +171,12 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         _release()
+
+
+def _addresses(state: Any) -> list[int]:
+    found: list[int] = []
+    map_tree(lambda buffer: found.append(buffer.data_ptr()), state)
+    return found
 
 
 def _capture(

@@ -20,9 +20,14 @@ def norm(x: Tensor) -> Tensor:
 def update(
     gradient: Tensor, old: Sequence[Tensor], coefficients: Sequence[Tensor], config: OptimizerConfig
 ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-    """The new buffers in the places of the old; norms of the parameters and of Adam's direction."""
-    launch = kernels.update(gradient.numel(), config, architecture(gradient.device))
+    """The new buffers in the places of the old; norms of the parameters and of Adam's direction.
+
+    The buffers are four, or five with the rounded parameters.
+    """
+    rounded = len(old) == 5
+    launch = kernels.update(gradient.numel(), config, architecture(gradient.device), rounded)
+    given = [*old, gradient.new_empty(1, dtype=torch.bfloat16)][:5]
     vector = torch.stack([x.to(torch.float32) for x in coefficients])
-    *new, sums = call(launch, gradient, *old, vector)
+    *new, sums = call(launch, gradient, *given, vector)
     norms = torch.sqrt(sum_columns(sums, gradient))
-    return new, (norms[0], norms[1])
+    return new[: len(old)], (norms[0], norms[1])

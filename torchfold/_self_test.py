@@ -71,11 +71,15 @@ def _(case: UpdateCase, implementation: str, device: torch.device) -> Mapping[st
     """The new buffers and all norms."""
     gradient, *buffers = (torch.from_numpy(x).to(device) for x in case.draw().values())
     step, finite = (torch.tensor(x, device=device) for x in (case.step, True))
+    overwritten = torch.zeros_like(gradient, dtype=torch.bfloat16)
     with _using(implementation):
         factor, norm = optimizer.clip_factor(gradient, case.max_norm)
-        old = optimizer.Buffers(*buffers)
+        old = optimizer.Buffers(*buffers)._replace(rounded=overwritten)
         new, norms = optimizer.update(gradient, factor, old, step, finite, case.config)
-    return {"the gradient's norm": norm, **new._asdict(), **norms}
+    # beside its own: numbers near the middle between two may become either
+    assert new.rounded is not None
+    exact = new.rounded.float() / new.params.bfloat16().float()
+    return {"the gradient's norm": norm, **new._asdict(), "rounded": exact, **norms}
 
 
 @_run.register

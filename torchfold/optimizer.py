@@ -84,6 +84,7 @@ class Buffers(NamedTuple):
     mu: Float[Tensor, " n"]
     nu: Float[Tensor, " n"]
     ema: Float[Tensor, " n"]
+    rounded: Float[Tensor, " n"] | None = None  # the parameters in the dtype of this buffer
 
 
 def update(
@@ -105,7 +106,8 @@ def update(
         count = torch.as_tensor(step).to(torch.float32)
         corrections = [_bias_correction(count, beta) for beta in (config.beta1, config.beta2)]
         coefficients = (factor, rate, decay, *corrections, finite)
-        buffers, norms = _optimizer.update(gradient, old, coefficients, config)
+        given = [x for x in old if x is not None]
+        buffers, norms = _optimizer.update(gradient, given, coefficients, config)
         new = Buffers(*buffers)
     else:
         new, norms = _update(gradient, factor, old, step, finite, rate, decay, config)
@@ -127,8 +129,10 @@ def _update(
     """The plain update; the norms of its parameters and of its direction."""
     direction, mu, nu = adam(gradient * factor, old.mu, old.nu, step, config)
     params = old.params - rate * direction
-    made = Buffers(params, mu, nu, decay * old.ema + (1 - decay) * params)
-    new = Buffers(*(torch.where(finite, a, b) for a, b in zip(made, old, strict=True)))
+    made = params, mu, nu, decay * old.ema + (1 - decay) * params
+    new = Buffers(*(torch.where(finite, a, b) for a, b in zip(made, old[:4], strict=True)))
+    if old.rounded is not None:
+        new = new._replace(rounded=new.params.to(old.rounded.dtype))
     # torch.linalg.vector_norm adds one number after another on a CPU: 1e-5 off for a million
     return new, (_norm(new.params), _norm(direction))
 

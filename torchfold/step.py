@@ -126,12 +126,13 @@ class Network:
     def _next_pass(
         self,
         flat: Float[Tensor, " n"],
+        rounded: Float[Tensor, " n"] | None,
         batch: dict[str, Tensor],
         before: Recycled | None,
         dropout: DropoutKey | None,
     ) -> Recycled:
         """What one pass leaves to the next, by flat parameters; ``batch`` has its slot alone."""
-        params = self.unflatten(flat)
+        params = self.unflatten(flat, rounded)
         by_path = {path: params[name] for path, name in self._names.items()}
         if dropout is not None and before is not None:
             known = {**batch, **before._asdict()}
@@ -143,15 +144,25 @@ class Network:
         """The initial values of all parameters, on the host."""
         return self.layout.flatten(initial_parameters(self._model, seed))
 
-    def unflatten(self, flat: Float[Tensor, " n"]) -> dict[str, Tensor]:
-        """Parameters by name; the trunk's are cast to the dtype it computes in."""
+    def with_rounded(self, state: Any) -> Any:
+        """The state with the parameters in the trunk's dtype as well, where that is narrower."""
+        if self._dtype.itemsize >= state.params.dtype.itemsize:
+            return state
+        return state._replace(rounded=state.params.to(self._dtype))
+
+    def unflatten(
+        self, flat: Float[Tensor, " n"], rounded: Float[Tensor, " n"] | None = None
+    ) -> dict[str, Tensor]:
+        """Parameters by name; the trunk's in the dtype it computes in, ``rounded`` or cast now."""
         # products need equal types: with a trunk in float64, what follows is in float64 as well
         others = ops.at_least_float32(self._dtype)
         parts: list[Tensor] = []
         lengths = [sum(sizes) for _, sizes in self._groups]
-        for (trunk, sizes), group in zip(self._groups, flat.split(lengths), strict=True):
-            # one cast for all, not one for each parameter
-            parts += group.to(self._dtype if trunk else others).split(sizes)
+        rounded = flat if rounded is None else rounded
+        sources = zip(self._groups, flat.split(lengths), rounded.split(lengths), strict=True)
+        for (trunk, sizes), wide, narrow in sources:
+            # one cast for all, not one for each parameter; none of what is there already
+            parts += (narrow.to(self._dtype) if trunk else wide.to(others)).split(sizes)
         shaped = zip(self.layout, parts, strict=True)
         return {name: part.view(shape) for (name, shape, _), part in shaped}
 
@@ -167,10 +178,16 @@ class Network:
 def value_and_grad(
     loss_fn: Callable[..., tuple[Tensor, dict[str, Tensor]]], network: Network
 ) -> Callable[..., tuple[dict[str, Tensor], Float[Tensor, " n"]]]:
-    """``loss_fn(params, ...)`` -> its metrics and its gradient by the flat parameters."""
+    """``loss_fn(params, ...)`` -> its metrics and its gradient by the flat parameters.
 
-    def run(flat: Float[Tensor, " n"], *rest: Any) -> tuple[dict[str, Tensor], Float[Tensor, " n"]]:
-        params = {k: p.detach().requires_grad_() for k, p in network.unflatten(flat).items()}
+    The function takes these, and in their place for the trunk ``rounded``, as ``unflatten`` does.
+    """
+
+    def run(
+        flat: Float[Tensor, " n"], rounded: Float[Tensor, " n"] | None, *rest: Any
+    ) -> tuple[dict[str, Tensor], Float[Tensor, " n"]]:
+        named = network.unflatten(flat, rounded)
+        params = {name: p.detach().requires_grad_() for name, p in named.items()}
         with torch.enable_grad():
             loss, metrics = loss_fn(params, *rest)
         gradients = torch.autograd.grad(

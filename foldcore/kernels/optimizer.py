@@ -65,16 +65,19 @@ def optimizer_update_kernel(
     mu_ptr,
     nu_ptr,
     ema_ptr,
+    rounded_ptr,  # [n] bfloat16; [1] unless ROUNDED
     coefficients_ptr,  # [6] float32: COEFFICIENTS
     new_params_ptr,  # [n] float32, in the places of the old
     new_mu_ptr,
     new_nu_ptr,
     new_ema_ptr,
+    new_rounded_ptr,
     sums_ptr,  # [g, 2]: of the squares of the new parameters and of Adam's direction
     N: tl.constexpr,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -101,6 +104,8 @@ def optimizer_update_kernel(
         ema = decay * old_ema + (1.0 - decay) * params
         params = tl.where(made, params, old_params)
         tl.store(new_params_ptr + start + index, params, mask=inside)
+        if ROUNDED:
+            tl.store(new_rounded_ptr + start + index, params.to(tl.bfloat16), mask=inside)
         tl.store(new_mu_ptr + start + index, tl.where(made, mu, old_mu), mask=inside)
         tl.store(new_nu_ptr + start + index, tl.where(made, nu, old_nu), mask=inside)
         tl.store(new_ema_ptr + start + index, tl.where(made, ema, old_ema), mask=inside)
@@ -123,16 +128,22 @@ def squares(n: int, architecture: int) -> Launch:
     )
 
 
-def update(n: int, config: OptimizerConfig, architecture: int, sizes: Sizes = MEASURED) -> Launch:
-    """(gradient, params, mu, nu, ema, coefficients) -> the four new buffers, sums [g, 2]."""
+def update(
+    n: int, config: OptimizerConfig, architecture: int, rounded: bool, sizes: Sizes = MEASURED
+) -> Launch:
+    """(gradient, params, mu, nu, ema, rounded, coefficients) -> the new buffers, sums [g, 2].
+
+    ``rounded`` are the parameters in bfloat16; where they are not wanted, one number, left alone.
+    """
     sizes = _TESTED if architecture == INTERPRETER else sizes
     buffer, sums = Output((n,), "float32"), Output((sizes.programs(n), 2), "float32")
+    narrow = Output((n if rounded else 1,), "bfloat16")
     constants = {"BETA1": config.beta1, "BETA2": config.beta2, "EPS": config.eps}
     return Launch(
         kernel=optimizer_update_kernel,
         grid=(sizes.programs(n),),
-        outputs=(buffer, buffer, buffer, buffer, sums),
-        constants=sizes.constants(n) | constants,
+        outputs=(buffer, buffer, buffer, buffer, narrow, sums),
+        constants=sizes.constants(n) | constants | {"ROUNDED": rounded},
         num_warps=sizes.num_warps,
-        in_place={1: 0, 2: 1, 3: 2, 4: 3},
+        in_place={1: 0, 2: 1, 3: 2, 4: 3, 5: 4},
     )

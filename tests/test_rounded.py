@@ -1,0 +1,135 @@
+"""Parameters rounded for the trunk, beside the state: to the bit, steps are those without."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import jaxfold.step
+from foldcore.checkpoint import SECTIONS
+from foldcore.config import Config
+from parity.tracks import JAX, TORCH, TRUNK, Arrays, Track, to_numpy
+from tests import toy_model
+from tests.torch_twin import FAST_COMPILE, TORCH_THREADS
+
+ONE_BLOCK = dict(evoformer_blocks=1, extra_msa_blocks=1, template_blocks=1, structure_iterations=1)
+TRACKS = pytest.mark.parametrize("track", [JAX, TORCH], ids=["jax", "torch"])
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # without the second, XLA leaves out that numbers are rounded which it takes as float32 at once
+    options = {**FAST_COMPILE, "xla_allow_excess_precision": False}
+    monkeypatch.setattr(jaxfold.step, "_compiler_options", lambda config: options)
+    torch.set_num_threads(TORCH_THREADS)
+    yield
+
+
+def network_of(track: Track, dtype: Any) -> Any:
+    return track.step.Network(replace(toy_model.CONFIG, **ONE_BLOCK, dtype=dtype))
+
+
+def parameters(network: Any) -> np.ndarray:
+    shapes = {name: np.empty(shape) for name, shape, _ in network.layout}
+    return network.layout.flatten(toy_model.random_parameters(shapes))
+
+
+def start(track: Track, network: Any, mesh: Any) -> Any:
+    """A state on the device, without rounded parameters."""
+    params = parameters(network)
+    zeros = np.zeros_like(params)
+    state = track.train.TrainState(params, zeros, zeros, params, np.zeros((), np.int32))
+    return track.distributed.replicate(mesh, state)
+
+
+def mesh_of(track: Track) -> Any:
+    track.distributed.initialize()
+    return track.distributed.make_mesh(toy_model.random_batch()["aatype"].shape[0])
+
+
+def on_host(state: Any) -> Arrays:
+    """Its arrays; copies, for the next step takes their places."""
+    found = state._asdict() if hasattr(state, "_asdict") else vars(state)
+    return {name: np.array(to_numpy(x)) for name, x in found.items() if x is not None}
+
+
+def compiled(track: Track, network: Any, mesh: Any) -> Any:
+    config = Config(model=replace(toy_model.CONFIG, **ONE_BLOCK, dtype="bfloat16"))
+    function = partial(track.train.train_step, network, config)
+    return track.step.CompiledStep(function, config, mesh, donate=True)
+
+
+def run_steps(
+    track: Track, step: Any, network: Any, rounded: bool = True, resumed: bool = False
+) -> list[Arrays]:
+    """States and metrics; ``resumed``: each step from what a checkpoint keeps of the one before."""
+    batches = [toy_model.random_batch(seed, passes) for seed, passes in enumerate((1, 0, 1))]
+    batches[1]["target_feat"][:] = np.nan
+    mesh, found = mesh_of(track), []
+    state = start(track, network, mesh)
+    if rounded:
+        state = network.with_rounded(state)
+    for batch in batches:
+        state, metrics = step(state, track.distributed.place(mesh, batch))
+        found.append(on_host(state) | {name: np.array(to_numpy(x)) for name, x in metrics.items()})
+        if resumed:
+            kept = {name: found[-1][name] for name in (*SECTIONS, "step")}
+            state = track.train.TrainState(**kept)
+            state = network.with_rounded(track.distributed.replicate(mesh, state))
+    return found
+
+
+@TRACKS
+def test_steps_with_rounded_parameters_are_those_without(track: Track) -> None:
+    network, mesh = network_of(track, "bfloat16"), mesh_of(track)
+    step = compiled(track, network, mesh)
+    whole, resumed = (run_steps(track, step, network, resumed=how) for how in (False, True))
+    without = run_steps(track, compiled(track, network, mesh), network, rounded=False)
+    assert [int(one["step"]) for one in whole] == [1, 1, 2]
+    for one in whole:  # the second keeps the parameters as they are
+        expected = one["params"].astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(one.pop("rounded").astype(ml_dtypes.bfloat16), expected)
+    for one, other, third in zip(whole, without, resumed, strict=True):
+        assert one.keys() == other.keys() and "params" in one and "loss/total" in one
+        for name, value in one.items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+            np.testing.assert_array_equal(third[name], value, err_msg=name)
+
+
+@TRACKS
+def test_the_trunk_is_taken_from_the_rounded_parameters(track: Track) -> None:
+    network = network_of(track, "bfloat16")
+    state = start(track, network, mesh_of(track))
+    other = replaced(state, params=state.params + 1)
+    mixed = network.unflatten(state.params, network.with_rounded(other).rounded)
+    trunk, rest = network.unflatten(other.params), network.unflatten(state.params)
+    assert {name.startswith(TRUNK) for name in mixed} == {True, False}
+    for name, value in mixed.items():
+        expected = (trunk if name.startswith(TRUNK) else rest)[name]
+        assert value.dtype == expected.dtype
+        np.testing.assert_array_equal(to_numpy(value), to_numpy(expected), err_msg=name)
+
+
+def replaced(state: Any, **changes: Any) -> Any:
+    return state._replace(**changes) if hasattr(state, "_replace") else replace(state, **changes)
+
+
+@TRACKS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_trunk_that_is_not_narrower_needs_none(track: Track, dtype: str) -> None:
+    network = network_of(track, dtype)
+    state = start(track, network, mesh_of(track))
+    assert network.with_rounded(state) is state and state.rounded is None
+
+
+@TRACKS
+def test_rounded_parameters_lie_where_kernels_can_read_them(track: Track) -> None:
+    """The trunk's begin at a multiple of 16 bytes, whatever the sizes of the network are."""
+    for layout in (network_of(track, "bfloat16").layout, track.step.Network(Config().model).layout):
+        first = next(offset for name, _, offset in layout if name.startswith(TRUNK))
+        assert first > 0 and 2 * first % 16 == 0
