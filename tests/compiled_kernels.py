@@ -69,9 +69,10 @@ FLOAT32 = (
     *("rstd_ptr", "center_mean_ptr", "center_rstd_ptr", "slope_ptr", "sums_ptr"),
     *("folded_bias_ptr", "output_folded_bias_ptr"),
     *("dfolded_bias_ptr", "doutput_folded_bias_ptr"),
+    *("gradient_ptr", "params_ptr", "mu_ptr", "nu_ptr", "ema_ptr", "coefficients_ptr"),
 )
 ALL_FLOAT32 = (
-    *("optimizer_squares_kernel", "optimizer_update_kernel"),
+    "optimizer_squares_kernel",
     *("column_sums_kernel", "two_column_sums_kernel"),
 )
 
@@ -125,7 +126,8 @@ def launches() -> Iterator[Launch]:
     yield rows.column_sums(256, 512, *KIND)
     yield rows.two_column_sums((33, 512), (264, 384), KIND[0])
     yield optimizer.squares(93_000_000, KIND[1])
-    yield optimizer.update(93_000_000, OptimizerConfig(), KIND[1])
+    for rounded in (False, True):
+        yield optimizer.update(93_000_000, OptimizerConfig(), KIND[1], rounded)
     yield dropout.draw(programs=100, examples=1, total=100 * dropout.BLOCK)
 
 

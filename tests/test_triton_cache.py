@@ -106,5 +106,5 @@ def test_scalars_and_places_arrive(reports: list[dict[str, Any]]) -> None:
     half, three = (int(np.float32(x).view(np.int32)) for x in (0.5, 3))
     assert calls["scaled"]["scalars"] == [[f"[{half}, -2]", "2xi64"], [f"[{three}, 7]", "2xi64"]]
     assert calls["norms"]["grids"] == [["[2, 1, 1]", "3xi32"]]
-    # parameters, both moments and the average are overwritten
-    assert [calls[name]["aliases"] for name in ("norms", "scaled", "update")] == [0, 0, 4]
+    # parameters, also rounded, both moments and the average are overwritten
+    assert [calls[name]["aliases"] for name in ("norms", "scaled", "update")] == [0, 0, 5]
