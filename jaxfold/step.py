@@ -106,11 +106,10 @@ class Network:
         narrow = wide if rounded is None else self.layout.unflatten(rounded)
 
         def placed(name: str) -> Array:
-            p = narrow[name] if name.startswith(TRUNK) else wide[name]
-            if name.startswith(TRUNK) and p.dtype != self._dtype:
-                return p.astype(self._dtype)
+            if name.startswith(TRUNK) and wide[name].dtype != self._dtype:
+                return narrow[name].astype(self._dtype)
             # an array of its own: a part of the buffer begins at addresses that no kernel can read
-            return jax.lax.optimization_barrier(p)
+            return jax.lax.optimization_barrier(wide[name])
 
         return {name: placed(name) for name in wide}
 

@@ -12,12 +12,18 @@ import torch
 
 import jaxfold.step
 from foldcore.checkpoint import SECTIONS
-from foldcore.config import Config
+from foldcore.config import Config, DataConfig
 from parity.tracks import JAX, TORCH, TRUNK, Arrays, Track, to_numpy
 from tests import toy_model
 from tests.torch_twin import FAST_COMPILE, TORCH_THREADS
 
-ONE_BLOCK = dict(evoformer_blocks=1, extra_msa_blocks=1, template_blocks=1, structure_iterations=1)
+SMALL = dict(
+    evoformer_blocks=1,
+    extra_msa_blocks=1,
+    structure_iterations=1,
+    templates_enabled=False,
+    pae_enabled=False,
+)
 TRACKS = pytest.mark.parametrize("track", [JAX, TORCH], ids=["jax", "torch"])
 
 
@@ -31,7 +37,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def network_of(track: Track, dtype: Any) -> Any:
-    return track.step.Network(replace(toy_model.CONFIG, **ONE_BLOCK, dtype=dtype))
+    return track.step.Network(replace(toy_model.CONFIG, **SMALL, dtype=dtype))
 
 
 def parameters(network: Any) -> np.ndarray:
@@ -59,7 +65,8 @@ def on_host(state: Any) -> Arrays:
 
 
 def compiled(track: Track, network: Any, mesh: Any) -> Any:
-    config = Config(model=replace(toy_model.CONFIG, **ONE_BLOCK, dtype="bfloat16"))
+    model = replace(toy_model.CONFIG, **SMALL, dtype="bfloat16")
+    config = Config(model=model, data=DataConfig(num_templates=0))
     function = partial(track.train.train_step, network, config)
     return track.step.CompiledStep(function, config, mesh, donate=True)
 
