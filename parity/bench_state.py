@@ -80,7 +80,7 @@ def _update(
             step, finite = (torch.full((), x, device=gradient.device) for x in (STEP, True))
         factor, _ = optimizer.clip_factor(gradient, MAX_NORM)
         old = optimizer.Buffers(*buffers)
-        return tuple(optimizer.update(gradient, factor, old, step, finite, CONFIG)[0])
+        return tuple(optimizer.update(gradient, factor, old, step, finite, CONFIG)[0][:4])
 
     return using(track, implementation, around(run))
 
