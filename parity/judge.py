@@ -50,6 +50,7 @@ class Verdict:
     dtype: str
     rows: list[Row]
     oracle: bool
+    closer: int = 0  # runs in float64 that were added because an array was too far off
     unnoticed: list[str] = field(default_factory=list)  # tracks that could be broken unnoticed
     blind: list[str] = field(default_factory=list)  # arrays that the broken variant left alone
 
@@ -89,6 +90,7 @@ class Verdict:
             "oracle": self.oracle,
             "zero": sorted(row.name for row in self.rows if row.zero),
             "flips": sum(flips) if flips else None,
+            "closer": self.closer,
             "mutation_noticed": not self.unnoticed,
             "blind": self.blind,
         }
@@ -117,6 +119,12 @@ class Scale:
     @staticmethod
     def _length(array: np.ndarray) -> float:
         return float(np.linalg.norm(np.asarray(array, np.float64)))
+
+    def widen(self, moved: Arrays) -> None:
+        """Take in one more run in float64 with moved parameters, by its distance from the exact."""
+        assert self.exact is not None
+        apart, known = spread_of([self.exact, moved]), self.spreads[-1]
+        self.spreads[-1] = {name: np.maximum(x, known[name]) for name, x in apart.items()}
 
     def rows(self, found: dict[str, Arrays]) -> list[Row]:
         """The verdict on every array."""

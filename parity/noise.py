@@ -22,6 +22,7 @@ FLOAT64 = 1e-9
 FLOORS = 4.0  # how many noise floors a result may be off
 FEW = 8  # the spread of fewer numbers than this is known badly from few runs
 REDRAWN_RUNS = 3
+CLOSER_RUNS = 16  # in float64, where an array is too far off
 MANY = 10_000_000  # numbers, for which threads are worth while
 BITS_LESS = {"float32": 0, "bfloat16": 16}  # of the significand, than float32
 # half a unit in the last place of 1, the most that rounding a result changes it
@@ -53,15 +54,15 @@ def scatter(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def perturbed(
-    case: Case, setting: Setting, parameters: Arrays, inputs: Arrays
+    case: Case, setting: Setting, parameters: Arrays, inputs: Arrays, seeds: Iterable[int]
 ) -> list[tuple[Arrays, Arrays]]:
-    """Moved parameters, and moved inputs, of the runs that measure noise."""
+    """Moved parameters, and moved inputs, of runs that measure noise: one for each seed."""
     narrow = {name for name in parameters if case.narrow_parameters(name)} | {*case.narrow_inputs}
 
     def move(name: str, array: np.ndarray, random: np.random.Generator) -> np.ndarray:
         return perturb(array, setting.dtype if name in narrow else setting.wide, random)
 
-    return _moved(case, parameters, inputs, move, case.perturbed_runs)
+    return _moved(case, parameters, inputs, move, seeds)
 
 
 def redrawn(case: Case, parameters: Arrays, inputs: Arrays) -> list[tuple[Arrays, Arrays]]:
@@ -70,11 +71,16 @@ def redrawn(case: Case, parameters: Arrays, inputs: Arrays) -> list[tuple[Arrays
     Half a unit of float32 moves the terms of a long sum by less than its partial sums are rounded
     by: they are rounded to the same numbers in every run, and no spread shows how far that is off.
     """
-    return _moved(case, parameters, inputs, lambda _, x, random: scatter(x, random), REDRAWN_RUNS)
+    seeds = range(REDRAWN_RUNS)
+    return _moved(case, parameters, inputs, lambda _, x, random: scatter(x, random), seeds)
 
 
 def _moved(
-    case: Case, parameters: Arrays, inputs: Arrays, move: Callable[..., np.ndarray], runs: int
+    case: Case,
+    parameters: Arrays,
+    inputs: Arrays,
+    move: Callable[..., np.ndarray],
+    seeds: Iterable[int],
 ) -> list[tuple[Arrays, Arrays]]:
     def all_of(arrays: Arrays, random: np.random.Generator) -> Arrays:
         names = sorted(arrays)
@@ -83,7 +89,7 @@ def _moved(
         return dict(zip(names, moved, strict=True))
 
     chosen = {name: inputs[name] for name in case.perturbed_inputs}
-    draws = (np.random.default_rng(seed) for seed in range(runs))
+    draws = (np.random.default_rng(seed) for seed in seeds)
     return [(all_of(parameters, draw), all_of(chosen, draw)) for draw in draws]
 
 

@@ -12,8 +12,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "numpy")
 # of a case, as docs/parity.md lists them
 KEYS = (
     *("name", "level", "dtype", "passed", "error_jax", "error_torch", "difference", "ratio"),
-    *("limit", "worst", "failed", "arrays", "oracle", "zero", "flips", "mutation_noticed"),
-    *("blind", "seconds"),
+    *("limit", "worst", "failed", "arrays", "oracle", "zero", "flips", "closer"),
+    *("mutation_noticed", "blind", "seconds"),
 )
 
 

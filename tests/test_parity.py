@@ -14,7 +14,7 @@ from parity import compare, page, records, report, workers
 from parity.case import Case, Run, Setting, flip, scale
 from parity.examination import examine
 from parity.judge import Verdict
-from parity.noise import FLOORS, ROUNDING, perturb
+from parity.noise import CLOSER_RUNS, FLOORS, ROUNDING, perturb
 from parity.options import Options
 from parity.tracks import Arrays
 from tests import parity_runs
@@ -113,6 +113,39 @@ def test_the_rounding_of_a_long_sum_is_noise() -> None:
     assert max(errors) > FLOORS * ROUNDING["float32"]  # half a unit alone would not let it pass
     assert verdict.passed
     assert not judged(tracks(in_float32), "float32").passed
+
+
+def kink(dtype: str, crossed: bool, needed: slice) -> Run:
+    """Activations, one of which is at its kink: crossed where these parameters all move up."""
+
+    def run(parameters: Arrays, inputs: Arrays) -> Arrays:
+        w = parameters["w"]
+        up = np.all((w > inputs["x"])[needed])
+        gradient = np.ones(SIZE, dtype) + (w - inputs["x"]).astype(dtype)
+        gradient[0] = 1.0 if up or crossed else 0.0
+        return {"gradient w": gradient}
+
+    return run
+
+
+@pytest.mark.parametrize("track", ["jax", "torch"])
+def test_a_kink_that_few_moved_runs_cross_is_noise(track: str) -> None:
+    def tracks(needed: slice) -> Case:
+        def made(who: str) -> Callable[[Setting], Run]:
+            return lambda s: kink(s.wide, who == track and s.dtype == "float32", needed)
+
+        def make() -> tuple[Arrays, dict[str, Arrays]]:
+            w = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
+            return {"w": w}, {"": {"x": w}}
+
+        return replace(case(), make=make, jax=made("jax"), torch=made("torch"))
+
+    verdict = judged(tracks(needed=slice(9, 11)), "float32")
+    assert verdict.passed and 0 < verdict.closer < CLOSER_RUNS
+    assert verdict.entry()["closer"] == verdict.closer
+    never = judged(tracks(needed=slice(None)), "float32")
+    assert not never.passed and never.closer == CLOSER_RUNS
+    assert [row.name for row in never.failed] == ["gradient w"]
 
 
 def test_variants_are_chosen_by_name() -> None:
