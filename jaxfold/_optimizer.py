@@ -18,16 +18,19 @@ def norm(x: Array) -> Array:
 
 
 def update(
-    gradient: Array, old: Sequence[Array], coefficients: Sequence[Array], config: OptimizerConfig
-) -> tuple[list[Array], tuple[Array, Array]]:
+    gradient: Array,
+    old: Sequence[Array],
+    rounded: Array | None,
+    coefficients: Sequence[Array],
+    config: OptimizerConfig,
+) -> tuple[list[Array], Array | None, tuple[Array, Array]]:
     """The new buffers, and norms of the parameters and of Adam's direction.
 
-    The buffers are four, or five with the rounded parameters.
+    Between them the rounded parameters, where they were given.
     """
-    rounded = len(old) == 5
-    launch = kernels.update(gradient.size, config, architecture(), rounded)
-    given = [*old, jnp.zeros(1, jnp.bfloat16)][:5]
+    launch = kernels.update(gradient.size, config, architecture(), rounded is not None)
+    written = jnp.zeros(1, jnp.bfloat16) if rounded is None else rounded
     vector = jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in coefficients])
-    *new, sums = call(launch, gradient, *given, vector)
+    *new, narrow, sums = call(launch, gradient, *old, written, vector)
     norms = jnp.sqrt(sum_columns(sums, gradient))
-    return new[: len(old)], (norms[0], norms[1])
+    return new, None if rounded is None else narrow, (norms[0], norms[1])

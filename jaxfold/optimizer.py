@@ -98,9 +98,10 @@ def update(
         count = jnp.asarray(step).astype(jnp.float32)
         corrections = [_bias_correction(count, beta) for beta in (config.beta1, config.beta2)]
         coefficients = (factor, rate, decay, *corrections, finite)
-        given = [x for x in old if x is not None]
-        buffers, norms = _optimizer.update(gradient, given, coefficients, config)
-        new = Buffers(*buffers)
+        buffers, rounded, norms = _optimizer.update(
+            gradient, old[:4], old.rounded, coefficients, config
+        )
+        new = Buffers(*buffers)._replace(rounded=rounded)
     else:
         direction, mu, nu = adam(gradient * factor, old.mu, old.nu, step, config)
         params = old.params - rate * direction

@@ -36,6 +36,7 @@ from jaxfold.primitives import DropoutKey
 
 TRUNK = "evoformer/"  # names of the parameters that compute in config.model.dtype
 MATMUL_PRECISION = {"ieee": "highest", "tf32": "tensorfloat32"}
+_ALIGNMENT = 16  # bytes, of the arrays that kernels read
 IN_FLIGHT = 2  # steps the host may run ahead of the device; more would only hold more batches
 
 
@@ -105,13 +106,16 @@ class Network:
         wide = self.layout.unflatten(flat)
         narrow = wide if rounded is None else self.layout.unflatten(rounded)
 
-        def placed(name: str) -> Array:
-            if name.startswith(TRUNK) and wide[name].dtype != self._dtype:
-                return narrow[name].astype(self._dtype)
+        def placed(name: str, offset: int) -> Array:
+            part = wide[name]
+            if name.startswith(TRUNK) and part.dtype != self._dtype:
+                part = narrow[name].astype(self._dtype)
+                if rounded is None or offset * self._dtype.itemsize % _ALIGNMENT == 0:
+                    return part
             # an array of its own: a part of the buffer begins at addresses that no kernel can read
-            return jax.lax.optimization_barrier(wide[name])
+            return jax.lax.optimization_barrier(part)
 
-        return {name: placed(name) for name in wide}
+        return {name: placed(name, offset) for name, _, offset in self.layout}
 
     def flatten(self, tree: Mapping[str, Array]) -> Float[Array, " n"]:
         """Arrays by name as one buffer in at least float32."""

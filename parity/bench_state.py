@@ -69,8 +69,10 @@ def _update(
     implementation: str,
     around: Callable[..., Any] = lambda function: function,
 ) -> Callable[..., Any]:
-    """The new buffers; the kernel writes them into the places of the old."""
+    """The new buffers; the kernel writes them into the places of the old.
 
+    As in a run in float32, without rounded parameters: their errors would hide all others.
+    """
     optimizer, is_jax = track.optimizer, track.is_jax
 
     def run(gradient: Any, *buffers: Any) -> tuple[Any, ...]:

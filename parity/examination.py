@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.case import Case, Run, Setting
 from parity.judge import TRACKS, Row, Scale, Verdict, is_number, spread_of, unrounded
-from parity.noise import CLOSER_RUNS, floors_of_sums, perturbed, redrawn
+from parity.noise import ADDED_RUNS, floors_of_sums, perturbed, redrawn
 from parity.tracks import Arrays
 
 EXACT = "float64"
@@ -63,9 +63,9 @@ class Examination:
             # the runs of one at a time: a step of a large network returns gigabytes
             scale.spreads = [spread_of(self._moved_runs(who, name, inputs)) for who in self.runs]
             scale.sums = self._floors_of_sums(name, inputs, found)
-        rows, closer = self._rows(name, inputs, found, scale)
+        rows, added = self._rows(name, inputs, found, scale)
         with_oracle = exact is not None and not self.noisy
-        verdict = Verdict(name, self.case.level, self.setting.dtype, rows, with_oracle, closer)
+        verdict = Verdict(name, self.case.level, self.setting.dtype, rows, with_oracle, added)
         changed = self.case.mutate(self.parameters, inputs)
         broken = {track: self._run(track, f"{name}, broken", *changed) for track in TRACKS}
         look_at_mutation(verdict, scale, found, broken)
@@ -79,14 +79,14 @@ class Examination:
         These are made while an array is too far off: few of the first may have crossed the kink of
         a relu that a track has crossed.
         """
-        rows, closer = scale.rows(found), 0
-        while self.noisy and closer < CLOSER_RUNS and any(row.ratio > row.limit for row in rows):
-            number = self.case.perturbed_runs + closer
+        rows, added = scale.rows(found), 0
+        while self.noisy and added < ADDED_RUNS and any(row.ratio > row.limit for row in rows):
+            number = self.case.perturbed_runs + added
             ((own, changed),) = self._perturbed([number])
             given: Any = own, {**inputs, **changed}
             scale.widen(unrounded(self._run(EXACT, f"{name}, moved {number + 1}", *given)))
-            rows, closer = scale.rows(found), closer + 1
-        return rows, closer
+            rows, added = scale.rows(found), added + 1
+        return rows, added
 
     def _perturbed(self, seeds: Iterable[int]) -> list[tuple[Arrays, Arrays]]:
         first = next(iter(self.variants.values()))

@@ -50,7 +50,7 @@ class Verdict:
     dtype: str
     rows: list[Row]
     oracle: bool
-    closer: int = 0  # runs in float64 that were added because an array was too far off
+    added: int = 0  # runs in float64 that were added because an array was too far off
     unnoticed: list[str] = field(default_factory=list)  # tracks that could be broken unnoticed
     blind: list[str] = field(default_factory=list)  # arrays that the broken variant left alone
 
@@ -90,7 +90,7 @@ class Verdict:
             "oracle": self.oracle,
             "zero": sorted(row.name for row in self.rows if row.zero),
             "flips": sum(flips) if flips else None,
-            "closer": self.closer,
+            "added": self.added,
             "mutation_noticed": not self.unnoticed,
             "blind": self.blind,
         }

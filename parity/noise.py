@@ -22,7 +22,7 @@ FLOAT64 = 1e-9
 FLOORS = 4.0  # how many noise floors a result may be off
 FEW = 8  # the spread of fewer numbers than this is known badly from few runs
 REDRAWN_RUNS = 3
-CLOSER_RUNS = 16  # in float64, where an array is too far off
+ADDED_RUNS = 16  # in float64, where an array is too far off
 MANY = 10_000_000  # numbers, for which threads are worth while
 BITS_LESS = {"float32": 0, "bfloat16": 16}  # of the significand, than float32
 # half a unit in the last place of 1, the most that rounding a result changes it
@@ -138,7 +138,9 @@ def noise_floor(spreads: Sequence[Arrays], name: str, size: int) -> float:
     louder. In float64 only the parameters move: that shows what the case itself makes of it, a relu
     close to its kink above all, whose derivative is one or zero.
     """
-    *tracks, exact = (float(each[name]) for each in spreads)
+    # runs that are not finite excuse nothing
+    found = [float(each[name]) for each in spreads]
+    *tracks, exact = (x if np.isfinite(x) else 0.0 for x in found)
     return max(exact, min(tracks) if size >= FEW else max(tracks))
 
 

@@ -12,7 +12,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "numpy")
 # of a case, as docs/parity.md lists them
 KEYS = (
     *("name", "level", "dtype", "passed", "error_jax", "error_torch", "difference", "ratio"),
-    *("limit", "worst", "failed", "arrays", "oracle", "zero", "flips", "closer"),
+    *("limit", "worst", "failed", "arrays", "oracle", "zero", "flips", "added"),
     *("mutation_noticed", "blind", "seconds"),
 )
 

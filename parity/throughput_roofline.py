@@ -23,16 +23,16 @@ from parity.timing import Ceilings, measure_ceilings
 from parity.tracks import JAX, Named, flatten, using
 
 UPDATE = "clip, Adam, averages"
-# of float32 buffers: the gradient twice (its norm comes first), the state, read and written, and
-# the parameters in bfloat16, which are half as large
-PASSES_OF_UPDATE = 2 + 4 + 4 + 0.5
+# of float32 buffers: the gradient twice (its norm comes first), the state, read and written
+PASSES_OF_UPDATE = 2 + 4 + 4
 
 
 def roofline(config: Config) -> dict[str, Any]:
     """The ceilings of the GPU, None without one; of each module, what it takes at least."""
     ceilings = measure_ceilings() if torch.cuda.is_available() else None
     modules = {part.name: _least(part, config, ceilings) for part in parts(config)}
-    moved = PASSES_OF_UPDATE * 4 * JAX.step.Network(config.model).layout.size
+    rounded = 2 if config.model.dtype == "bfloat16" else 0  # bytes of a parameter, written as well
+    moved = (PASSES_OF_UPDATE * 4 + rounded) * JAX.step.Network(config.model).layout.size
     modules[UPDATE] = {"forward": _bound(moved, 0, ceilings), "backward": _bound(0, 0, ceilings)}
     return {"ceilings": asdict(ceilings) if ceilings else None, "modules": modules}
 

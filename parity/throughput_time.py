@@ -143,7 +143,8 @@ def _update_in_torch(config: Config) -> Milliseconds:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = TORCH.step.Network(config.model).layout.size
     old = optimizer.Buffers(*(torch.rand(size, device=device) for _ in range(4)))
-    old = old._replace(rounded=old.params.bfloat16())
+    if config.model.dtype == "bfloat16":
+        old = old._replace(rounded=old.params.bfloat16())
     gradient, step = torch.rand(size, device=device), torch.ones((), device=device)
 
     def run() -> Any:
@@ -234,7 +235,8 @@ def _update_in_jax(config: Config) -> Milliseconds:
 
     program = jax.jit(run, donate_argnums=0)
     state = [optimizer.Buffers(*(jnp.asarray(random.random(size, np.float32)) for _ in range(4)))]
-    state[0] = state[0]._replace(rounded=state[0].params.astype(jnp.bfloat16))
+    if config.model.dtype == "bfloat16":
+        state[0] = state[0]._replace(rounded=state[0].params.astype(jnp.bfloat16))
 
     def call(gradient: Any, step: Any) -> Any:
         state[0], norms = program(state[0], gradient, step)

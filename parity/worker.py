@@ -116,8 +116,8 @@ def line(entry: dict[str, Any]) -> str:
         return start + entry["reason"]
     more = f" and {len(entry['failed']) - 1} more" if len(entry["failed"]) > 1 else ""
     found = f"{entry['ratio']:.2g} of {entry['limit']:g} ({entry['worst']}{more})"
-    closer = f", {entry['closer']} runs added" if entry["closer"] else ""
-    return f"{start}{found}{closer}, {entry['seconds']:.1f} s"
+    added = f", {entry['added']} runs added" if entry["added"] else ""
+    return f"{start}{found}{added}, {entry['seconds']:.1f} s"
 
 
 def environment() -> dict[str, Any]:

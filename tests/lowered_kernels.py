@@ -88,10 +88,7 @@ def programs() -> dict[str, tuple[Any, list[Any]]]:
         "norms": (norms, [jnp.zeros(SHAPE), jnp.zeros(SHAPE[1]), jnp.zeros(SHAPE[1])]),
         "scaled": (lambda x: scaled(scaled(x, 0.5, -2), 3.0, 7), [jnp.zeros(64)]),
         "transitions": (transitions, [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]),
-        "update": (
-            lambda *x: _triton.call(launch, *x),
-            [*vectors, coefficients],
-        ),
+        "update": (lambda *x: _triton.call(launch, *x), [*vectors, coefficients]),
     }
 
 

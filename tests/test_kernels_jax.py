@@ -33,7 +33,7 @@ from jaxfold import (
     triangle,
 )
 from jaxfold.primitives import DropoutKey, keep_mask
-from jaxfold.step import Network
+from jaxfold.step import TRUNK, Network
 from tests import (
     test_kernels_global,
     test_kernels_outer_product,
@@ -251,7 +251,27 @@ def test_parameters_are_arrays_of_their_own(dtype: str) -> None:
     """A kernel given a part of the flat buffer would read at addresses that it is not made for."""
     network = Network(ModelConfig(dtype=dtype, evoformer_blocks=1))
     flat = jax.ShapeDtypeStruct((network.layout.size,), jnp.float32)
-    program = jax.make_jaxpr(network.unflatten)(flat).jaxpr
-    made = {out: e.primitive.name for e in program.eqns for out in e.outvars}
-    found = {made[out] for out in program.outvars}
+    found = set(makers(network.unflatten, flat).values())
     assert found <= {"optimization_barrier", "convert_element_type"}
+
+
+@pytest.mark.parametrize("width", [384, 100])
+def test_parts_of_the_rounded_parameters_begin_where_kernels_can_read(width: int) -> None:
+    """Others are arrays of their own: of a trunk with 100 channels, say."""
+    network = Network(ModelConfig(c_s=width, evoformer_blocks=1))
+    size = network.layout.size
+    flat, rounded = (jax.ShapeDtypeStruct((size,), x) for x in (jnp.float32, jnp.bfloat16))
+    found = makers(network.unflatten, flat, rounded)
+    begins = {name: 2 * offset for name, _, offset in network.layout}
+    parts = {name for name, maker in found.items() if maker != "optimization_barrier"}
+    assert parts and {begins[name] % 16 for name in parts} == {0}
+    trunk = {name for name in begins if name.startswith(TRUNK)}
+    assert (parts == trunk) == (width == 384)
+
+
+def makers(function: Any, *shapes: Any) -> dict[str, str]:
+    """What makes each of the named arrays that a function returns."""
+    names = list(jax.eval_shape(function, *shapes))
+    program = jax.make_jaxpr(function)(*shapes).jaxpr
+    made = {out: e.primitive.name for e in program.eqns for out in e.outvars}
+    return {name: made[out] for name, out in zip(sorted(names), program.outvars, strict=True)}

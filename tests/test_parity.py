@@ -1,5 +1,6 @@
 """The parity suite itself: it fails where it should, and reports what it saw."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from parity import compare, page, records, report, workers
 from parity.case import Case, Run, Setting, flip, scale
 from parity.examination import examine
 from parity.judge import Verdict
-from parity.noise import CLOSER_RUNS, FLOORS, ROUNDING, perturb
+from parity.noise import ADDED_RUNS, FLOORS, ROUNDING, perturb
 from parity.options import Options
 from parity.tracks import Arrays
 from tests import parity_runs
@@ -141,11 +142,30 @@ def test_a_kink_that_few_moved_runs_cross_is_noise(track: str) -> None:
         return replace(case(), make=make, jax=made("jax"), torch=made("torch"))
 
     verdict = judged(tracks(needed=slice(9, 11)), "float32")
-    assert verdict.passed and 0 < verdict.closer < CLOSER_RUNS
-    assert verdict.entry()["closer"] == verdict.closer
+    assert verdict.passed and 0 < verdict.added < ADDED_RUNS
+    assert verdict.entry()["added"] == verdict.added
     never = judged(tracks(needed=slice(None)), "float32")
-    assert not never.passed and never.closer == CLOSER_RUNS
+    assert not never.passed and never.added == ADDED_RUNS
     assert [row.name for row in never.failed] == ["gradient w"]
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_moved_runs_that_are_not_finite_excuse_nothing(first: int) -> None:
+    """From the first on, or among those that are added."""
+
+    def torch(setting: Setting) -> Run:
+        if setting.dtype != "float64":
+            return product(setting.wide, off_by(1e-3))
+        runs = itertools.count()
+
+        def run(parameters: Arrays, inputs: Arrays) -> Arrays:
+            found, lost = product("float64")(parameters, inputs), next(runs) > first
+            return {name: x * np.nan if lost else x for name, x in found.items()}
+
+        return run
+
+    verdict = judged(replace(case(), torch=torch), "float32")
+    assert "output y" in {row.name for row in verdict.failed}
 
 
 def test_variants_are_chosen_by_name() -> None:

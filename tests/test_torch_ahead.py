@@ -42,7 +42,7 @@ def test_kernels_of_both_parts_are_compiled_and_nothing_runs(
     before = map_tree(torch.clone, state)
     parts.load(batch)
     GraphedStep._compile_kernels(SimpleNamespace(_parts=parts))  # type: ignore[arg-type]
-    assert all(map(torch.equal, before[:5], state[:5]))
+    assert all(torch.equal(x, y) for x, y in zip(before[:5], state[:5], strict=True))
 
     def options(launch: Launch, architecture: int) -> dict[str, Any]:
         launched.add(kind(launch))

@@ -39,6 +39,7 @@ def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
     """``function`` of every leaf of equal trees of dicts, tuples, named tuples, lists and None."""
     tree = trees[0]
     if tree is None:
+        assert all(other is None for other in trees)
         return None
     if isinstance(tree, dict):
         return {key: map_tree(function, *(t[key] for t in trees)) for key in tree}

@@ -18,16 +18,20 @@ def norm(x: Tensor) -> Tensor:
 
 
 def update(
-    gradient: Tensor, old: Sequence[Tensor], coefficients: Sequence[Tensor], config: OptimizerConfig
-) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    gradient: Tensor,
+    old: Sequence[Tensor],
+    rounded: Tensor | None,
+    coefficients: Sequence[Tensor],
+    config: OptimizerConfig,
+) -> tuple[list[Tensor], Tensor | None, tuple[Tensor, Tensor]]:
     """The new buffers in the places of the old; norms of the parameters and of Adam's direction.
 
-    The buffers are four, or five with the rounded parameters.
+    Between them the rounded parameters, where they were given.
     """
-    rounded = len(old) == 5
-    launch = kernels.update(gradient.numel(), config, architecture(gradient.device), rounded)
-    given = [*old, gradient.new_empty(1, dtype=torch.bfloat16)][:5]
+    kind = architecture(gradient.device)
+    launch = kernels.update(gradient.numel(), config, kind, rounded is not None)
+    written = gradient.new_empty(1, dtype=torch.bfloat16) if rounded is None else rounded
     vector = torch.stack([x.to(torch.float32) for x in coefficients])
-    *new, sums = call(launch, gradient, *given, vector)
+    *new, narrow, sums = call(launch, gradient, *old, written, vector)
     norms = torch.sqrt(sum_columns(sums, gradient))
-    return new[: len(old)], (norms[0], norms[1])
+    return new, None if rounded is None else narrow, (norms[0], norms[1])

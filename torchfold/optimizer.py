@@ -106,9 +106,10 @@ def update(
         count = torch.as_tensor(step).to(torch.float32)
         corrections = [_bias_correction(count, beta) for beta in (config.beta1, config.beta2)]
         coefficients = (factor, rate, decay, *corrections, finite)
-        given = [x for x in old if x is not None]
-        buffers, norms = _optimizer.update(gradient, given, coefficients, config)
-        new = Buffers(*buffers)
+        buffers, rounded, norms = _optimizer.update(
+            gradient, old[:4], old.rounded, coefficients, config
+        )
+        new = Buffers(*buffers)._replace(rounded=rounded)
     else:
         new, norms = _update(gradient, factor, old, step, finite, rate, decay, config)
     logged = {"param_norm": norms[0], "update_norm": rate * norms[1], "learning_rate": rate}

@@ -1,8 +1,9 @@
 """Clipping, Adam and averaged weights (supplement section 1.11.3) in one pass over flat buffers.
 
-The buffers are updated in place. What depends on the number of the update, and on the gradient's
-norm, is computed beforehand on the device: COEFFICIENTS, in this order. Sums of squares are taken
-by each program apart and then over the programs, in a fixed order.
+The buffers are updated in place; the parameters are written in bfloat16 as well, where asked. What
+depends on the number of the update, and on the gradient's norm, is computed beforehand on the
+device: COEFFICIENTS, in this order. Sums of squares are taken by each program apart and then over
+the programs, in a fixed order.
 
 Legend: n parameters, g groups.
 """
