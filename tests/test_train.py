@@ -183,9 +183,11 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     pytest.fail(f"{text!r} never appeared; {process.stderr.read()}")
 
 
-def interrupt(program: Program, name: str, number: signal.Signals, text: str) -> int:
+def interrupt(
+    program: Program, name: str, number: signal.Signals, text: str, *overrides: str
+) -> int:
     """Start the run, signal its whole process group some time after ``text``; its status."""
-    process = program.start(name)
+    process = program.start(name, *overrides)
     wait_for(process, text)
     time.sleep(random.uniform(0, 0.2))
     os.killpg(process.pid, number)
@@ -227,6 +229,18 @@ def test_killed_and_stopped_runs_resume_bit_for_bit(program: Program, uninterrup
     assert status == 0, errors
     assert "continuing after step" in out
     assert_equal_runs(program, "killed", uninterrupted)
+
+
+@pytest.mark.slow  # the PyTorch track's test of the same lines is fast
+def test_a_run_in_bfloat16_resumes_bit_for_bit(program: Program) -> None:
+    narrow = "model.dtype=bfloat16"
+    assert program.run("narrow", narrow)[0] == 0
+    status = interrupt(program, "narrow_killed", signal.SIGKILL, "step 33/60", narrow)
+    assert status == -signal.SIGKILL and program.last("narrow_killed").step < 60
+    status, out, errors = program.run("narrow_killed", narrow)
+    assert status == 0, errors
+    assert "continuing after step" in out
+    assert_equal_runs(program, "narrow_killed", "narrow")
 
 
 @pytest.mark.slow
