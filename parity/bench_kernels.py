@@ -36,6 +36,7 @@ from parity import (
     sweep_rows,
 )
 from parity.benchmark import Benchmark, Row, compile_kernels
+from parity.checks import refuse
 from parity.sweep import launch_rows, sweep
 from parity.timing import Ceilings, measure_ceilings
 
@@ -43,13 +44,15 @@ SOURCES = (bench_modules, bench_attention, bench_rows, bench_state)
 QUICK = ("triton, torch", "torch", "torch SDPA")  # compiled in no time, or not at all
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Run the benchmarks, or a sweep of launch sizes, as the command line says."""
     options = _parser().parse_args(argv)
+    if not torch.cuda.is_available():
+        return refuse("kernels are timed on an NVIDIA GPU, and there is none here")
     if options.sweep:
         every = (c for module in (sweep_attention, sweep_rows) for c in module.candidates())
         sweep(every, options.sweep)
-        return
+        return 0
     ends = time.monotonic() + options.seconds
     ceilings = measure_ceilings()
     print(
@@ -65,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
         path.write_text(json.dumps(rows, indent=1) + "\n")  # what follows may fail
     print("\n" + table(rows))
     print(f"wrote {path} after {time.monotonic() - ends + options.seconds:.0f} s")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,4 +154,4 @@ def line(row: Row) -> str:
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ A stall is what ``next`` takes; a step waited if that was more than a tenth of t
 figures go to runs/bench_loader/report.json.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -25,9 +26,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from foldcore.config import Config, load
+from foldcore.config import Config, ConfigError, load
 from foldcore.data.examples import Preparer
 from foldcore.data.loader import Loader, open_loader
+from parity.checks import refuse
 from parity.slow_examples import AsTorch, Sleeper
 
 CONFIG = "configs/demo.toml"
@@ -56,8 +58,16 @@ class Row:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run every case and print the table."""
-    config = load(argv[0] if argv else CONFIG, list(argv[1:]))
+    """Run every case and print the table; 2 for a configuration that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m parity.bench_loader", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", nargs="?", default=CONFIG)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        return refuse(str(error))
     measured = measure(config)
     print(
         f"{config.data.path}: an example takes {1e3 * measured.mean():.0f} ms on average "

@@ -10,6 +10,7 @@ remembers, which hold most of a small set.
 
 import argparse
 import gzip
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,19 +26,29 @@ from foldcore.data.inventory import take_inventory
 from foldcore.data.prepare import Settings, prepare
 from foldcore.data.sampler import ExampleKey, Plan
 from foldcore.data.store import Store
+from foldcore.errors import DataError
 from foldcore.features import FEATURES, dimensions, shape
+from parity.checks import refuse
 
 INITIAL = DataConfig(accept_unknown=True)
 BLOCK = 50  # examples from one source before the other has its turn
 SMALL = replace(INITIAL, crop_size=128, num_msa_clusters=64, num_extra_msa=128, num_templates=2)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 2 for a source that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m parity.bench_store", description=__doc__)
     parser.add_argument("source")
     parser.add_argument("--chains", type=int, help="prepare only so many of each kind")
     arguments = parser.parse_args(argv)
+    try:
+        _table(arguments)
+    except DataError as error:
+        return refuse(str(error))
+    return 0
+
+
+def _table(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = prepare([arguments.source], Path(folder) / "store", Settings())
         _sizes(arguments.source, store)
@@ -90,4 +101,4 @@ def _preparer(dataset: Dataset) -> Preparer:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

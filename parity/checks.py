@@ -4,11 +4,12 @@ import ctypes
 import difflib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foldcore.config import load
+from foldcore.config import Config, load
 from foldcore.kernels.launch import NEEDS_GPU
 from parity.options import FEWEST_STEPS, FULL_SIZE_LEVELS, IMPLEMENTATION, Options, configuration
 
@@ -29,6 +30,23 @@ def check(jobs: Sequence[Options], out: Path) -> None:
         raise Refused(f"--steps {job.steps}: the training run needs at least {FEWEST_STEPS}")
     check_device(job)
     check_folder(out)
+
+
+def refuse(reason: str) -> int:
+    """One line, and the exit status of what a user can mend."""
+    print("error:", " ".join(reason.split()), file=sys.stderr)
+    return 2
+
+
+def check_throughput(config: Config, out: Path) -> None:
+    """Kernels need a GPU; the results need a folder, which is made."""
+    if config.model.implementation == "triton" and not gpus():
+        raise Refused(f"{NEEDS_GPU}; --config demo is small enough for a CPU")
+    check_folder(out.parent)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror}") from None
 
 
 def check_pattern(pattern: str) -> None:

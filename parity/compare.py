@@ -22,7 +22,7 @@ from typing import Any
 
 from foldcore.config import ConfigError
 from parity import report
-from parity.checks import Refused, check, nothing_found
+from parity.checks import Refused, check, nothing_found, refuse
 from parity.options import DTYPES, FEWEST_STEPS, FULL_SIZE_LEVELS, LEVELS, Options
 from parity.workers import Parts, collect, run
 
@@ -52,12 +52,6 @@ def main(argv: list[str]) -> int:
         print(f"interrupted: {done}", file=sys.stderr)
         return INTERRUPTED
     return 0 if all(case["passed"] for case in result["cases"]) else 1
-
-
-def refuse(reason: str) -> int:
-    """One line, and the exit status of what a user can mend."""
-    print("error:", " ".join(reason.split()), file=sys.stderr)
-    return 2
 
 
 def compare(jobs: list[Options], out: Path) -> tuple[dict[str, Any], Parts]:

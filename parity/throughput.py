@@ -19,20 +19,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foldcore.config import ConfigError
 from parity import flops, throughput_page
 from parity import throughput_tables as tables
+from parity.checks import Refused, check_throughput, refuse
 from parity.throughput_run import measure, read_config
 
 TRACKS = ("jax", "torch")
+PASSES = range(4)  # of recycling, beside the last
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure as the command line says; 1 if a part of it failed."""
+    """Measure as the command line says; 1 if a part of it failed, 2 if none can work."""
     options = _parser().parse_intermixed_args(argv)
     if options.worker:
         return _work(options)
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        check_throughput(read_config(options.config, options.overrides), out)
+    except (Refused, ConfigError) as reason:
+        return refuse(str(reason))
     rows: list[dict[str, Any]] = []
     failed, roofline = [], None
     if options.modules:
@@ -61,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add, yes_or_no = parser.add_argument, argparse.BooleanOptionalAction
     add("--track", choices=(*TRACKS, "both"), default="both")
     add("--config", default="initial_training", help="a name in configs/, or a path")
-    add("--recycling", default="0,1,2,3", help="numbers of extra passes")
-    add("--steps", type=int, default=10, help="timed steps for each number")
+    add("--recycling", type=_passes, default="0,1,2,3", help="numbers of extra passes")
+    add("--steps", type=_at_least_one, default=10, help="timed steps for each number")
     add("--out", default="runs/parity/throughput.json")
     add("--profile", action=yes_or_no, default=True, help="gaps and kernels of a step, on a GPU")
     add("--modules", action=yes_or_no, default=True, help="times of all modules by themselves")
@@ -70,6 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--worker", choices=("steps", "roofline"), help=argparse.SUPPRESS)
     add("overrides", nargs="*", metavar="section.key=value")
     return parser
+
+
+def _passes(text: str) -> list[int]:
+    """What is written: 0 to 3, separated by commas."""
+    if not set(text.split(",")) <= {*map(str, PASSES)}:
+        raise argparse.ArgumentTypeError(f"{text!r}: 0 to {PASSES[-1]}, separated by commas")
+    return [int(number) for number in text.split(",")]
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: at least 1")
+    return int(text)
 
 
 def _run(worker: str, argv: Sequence[str], track: str, out: Path) -> tuple[Any, list[str]]:

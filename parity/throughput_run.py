@@ -97,7 +97,7 @@ def measure(track: str, options: Any, show: Callable[[Sequence[Row]], None]) -> 
         out.write_text(json.dumps(rows))
 
     trainer = Trainer(track, config)
-    passes = [int(number) for number in options.recycling.split(",")]
+    passes = options.recycling
     first, loss = trainer.seconds(trainer.batch(passes[0]))
     print(trainer.first_step(), flush=True)
     for recycling in passes:
@@ -164,6 +164,8 @@ def _time_modules(
         modules.append(module)
         keep()
         print(f"{time.perf_counter() - start:6.1f} s  {_words(module)}", flush=True)
+    if not modules:
+        raise SystemExit(f"error: --module {only}: no module's name contains this")
 
 
 def _words(module: Row) -> str:

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 
 from foldcore.kernels.launch import NEEDS_GPU
-from parity import checks, compare, records, report, workers
+from parity import (
+    bench_loader,
+    bench_store,
+    checks,
+    compare,
+    records,
+    report,
+    throughput,
+    workers,
+)
 from parity.options import FEWEST_STEPS, Options
 from tests.conftest import ROOT
 
@@ -63,6 +72,46 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], f"{NEEDS_GPU}; --config demo"),
+        (["--config", "nope"], "nope.toml: cannot read"),
+        (["--config", "demo", "train.batchsize=2"], "did you mean 'train.batch_size'?"),
+        (["--config", "demo", "--out", "README.md/x/report.json"], "README.md is not a folder"),
+        (["--config", "demo", "--recycling", "0,7"], "'0,7': 0 to 3, separated by commas"),
+        (["--config", "demo", "--steps", "0"], "'0': at least 1"),
+    ],
+)
+def test_timings_that_cannot_work_are_refused_as_well(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(throughput, "_run", lambda *_: pytest.fail("a process was started"))
+    given = arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "x.json")]
+    try:
+        status = throughput.main(given)
+    except SystemExit as error:  # argparse
+        status = error.code
+    assert status == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        (bench_loader, ["absent.toml"], "absent.toml: cannot read"),
+        (bench_store, ["/absent"], "/absent"),
+    ],
+)
+def test_benchmarks_of_what_is_not_there_are_refused(
+    module: Any, arguments: list[str], words: str, capsys: Any
+) -> None:
+    assert module.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
 
 
 def test_on_a_gpu_the_same_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
