@@ -1,17 +1,21 @@
 """Run configuration: frozen dataclasses, read from TOML, the same file for both tracks.
 
 ``load(path, overrides)`` merges a file with command-line assignments such as ``train.steps=10``;
-both are TOML. An unknown key or a value of the wrong type raises :class:`ConfigError` naming the
-nearest valid key.
+both are TOML. An unknown key, a value of the wrong type or one outside ``limits.py`` raises
+:class:`ConfigError` naming what is allowed, or the nearest valid key.
 Defaults are the paper's initial training (Jumper et al. 2021, supplement 1.11).
 """
 
 import difflib
 import tomllib
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from foldcore import limits
 
 T = TypeVar("T")
 
@@ -69,9 +73,8 @@ class ModelConfig:
     implementation: Literal["reference", "triton"] = "reference"  # which kernels ops.py runs
 
     def __post_init__(self) -> None:
-        _check_positive(self, exclude={"msa_dropout", "pair_dropout", "structure_dropout"})
-        for name in ("msa_dropout", "pair_dropout", "structure_dropout"):
-            _check_range(self, name, 0.0, 0.99)
+        sizes = {f.name: limits.COUNT for f in fields(self) if f.type is int}
+        _check(self, sizes | limits.MODEL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,23 +121,7 @@ class DataConfig:
     replay: str = ""  # a run folder: take the examples that its ledger lists
 
     def __post_init__(self) -> None:
-        for name in (
-            "distillation_probability",
-            "validation_fraction",
-            "masked_msa_fraction",
-            "block_deletion_fraction",
-            "unclamped_fraction",
-            "max_single_residue_fraction",
-        ):
-            _check_range(self, name, 0.0, 1.0)
-        _check_range(self, "distillation_min_plddt", -1.0, 100.0)
-        _check_range(self, "crop_size", 4, 100_000)
-        _check_range(self, "num_msa_clusters", 1, 100_000)
-        for name in ("num_extra_msa", "num_templates", "workers"):
-            _check_range(self, name, 0, 1_000_000)
-        _check_range(self, "prefetch", 1, 10_000)
-        _check_range(self, "reorder_window", 1, 1_000_000)
-        _check_range(self, "example_timeout", 0.01, 1e6)
+        _check(self, limits.DATA)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +144,9 @@ class LossConfig:
     max_resolution: float = 3.0
     accept_unknown_resolution: bool = False  # unknown resolution (0) passes that window
 
+    def __post_init__(self) -> None:
+        _check(self, limits.LOSS)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
@@ -176,8 +166,7 @@ class OptimizerConfig:
     ema_warmup: bool = False  # decay = min(ema_decay, (1 + n) / (10 + n))
 
     def __post_init__(self) -> None:
-        for name in ("beta1", "beta2", "ema_decay", "decay_factor"):
-            _check_range(self, name, 0.0, 1.0)
+        _check(self, limits.OPTIMIZER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,10 +195,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep", "eval_chains"):
-            _check_range(self, name, 1, 10**12)
-        _check_range(self, "max_recycling_iters", 0, 3)
-        _check_range(self, "eval_recycling_iters", 0, 3)
+        _check(self, limits.TRAIN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,6 +298,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if hint is str and type(value) is date:  # as TOML reads YYYY-MM-DD without quotes
+        return value.isoformat()
     if type(value) is not hint:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
     return value
@@ -342,14 +330,6 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-def _check_positive(config: Any, exclude: set[str]) -> None:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in exclude and type(value) is int and value < 1:
-            raise ConfigError(f"{f.name}={value}: must be at least 1")
-
-
-def _check_range(config: Any, name: str, low: float, high: float) -> None:
-    value = getattr(config, name)
-    if not low <= value <= high:
-        raise ConfigError(f"{name}={value}: must lie in {low}..{high}")
+def _check(section: object, rules: Mapping[str, limits.Rule]) -> None:
+    if mistake := limits.mistake(section, rules):
+        raise ConfigError(mistake)
