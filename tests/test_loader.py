@@ -136,8 +136,16 @@ def test_another_plan_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_a_batch_must_divide_over_the_ranks() -> None:
-    with pytest.raises(ConfigError, match="train.batch_size=2 cannot be divided over 3 ranks"):
+    words = "train.batch_size=2 cannot be divided over 3 ranks: set .* to a multiple of 3$"
+    with pytest.raises(ConfigError, match=words):
         open_loader(config(), world=3)
+
+
+def test_some_chains_must_be_left_to_train_on(tmp_path: Path) -> None:
+    path = str(build(tmp_path))  # without split.tsv
+    assert open_loader(config(path=path, validation_fraction=0.0)).state()["position"] == 0
+    with pytest.raises(ConfigError, match="no chains to sample from: .*data.validation_fraction"):
+        open_loader(config(path=path, validation_fraction=1.0))
 
 
 def test_two_sources_are_mixed_by_their_share() -> None:

@@ -295,10 +295,7 @@ def open_loader(
 
     ``rank`` of ``world`` is the replica of the model that this process works for.
     """
-    if config.train.batch_size % world:
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} cannot be divided over {world} ranks"
-        )
+    _check_batch_size(config.train.batch_size, world)
     if config.data.workers > (cores := os.cpu_count() or 1):
         warn(f"data.workers={config.data.workers}, but there are {cores} cores: fewer do as well")
     dataset = Dataset(find_store(config.data.path, config.data, warn), config.data)
@@ -321,3 +318,11 @@ def open_loader(
         warn=warn,
         allocate=allocate,
     )
+
+
+def _check_batch_size(batch_size: int, world: int) -> None:
+    if batch_size % world:
+        raise ConfigError(
+            f"train.batch_size={batch_size} cannot be divided over {world} ranks: "
+            f"set train.batch_size to a multiple of {world}"
+        )

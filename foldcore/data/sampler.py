@@ -16,6 +16,8 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Float, UInt64
 
+from foldcore.config import ConfigError
+
 MIXING_BLOCK = 64  # positions; each block holds its exact share of the second source
 _ORDER, _ACCEPT, _MIXING, _REPLACEMENT, _RECYCLING = range(5)  # names of the streams of chance
 
@@ -31,7 +33,10 @@ class Source:
         if len(self.chains) != len(self.weights):
             raise ValueError(f"{len(self.chains)} chains but {len(self.weights)} weights")
         if not self.chains:
-            raise ValueError("no chains to sample from: every chain was filtered or held out")
+            raise ConfigError(
+                "no chains to sample from: every chain is held out for validation; lower "
+                "data.validation_fraction, or give split.tsv, where there is one, training chains"
+            )
         if not ((self.weights > 0) & (self.weights <= 1)).all():
             raise ValueError("sampling weights must lie in (0, 1]")
 
