@@ -63,7 +63,7 @@ doctor: setup  ## explain a data set: SOURCE or STORE; ARGS="--gpus 8 --html rep
 train-jax: setup  ## train CONFIG (the demo by default) in JAX; ARGS="train.steps=10"
 	@$(BIN)/python -m jaxfold.train $(CONFIG) $(ARGS)
 
-train-torch: setup  ## the same in PyTorch; NPROC=2 starts two processes, one for each GPU
+train-torch: setup  ## the same in PyTorch; two processes, one for each GPU: NPROC=2 ARGS="train.batch_size=2"
 	@$(BIN)/python $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node=$(NPROC)) \
 	  -m torchfold.train $(CONFIG) $(ARGS)
 

@@ -56,8 +56,8 @@ def make_mesh(batch_size: int, dap: int = 1) -> Mesh:
     replicas = devices.size // dap
     if batch_size % replicas:
         raise ConfigError(
-            f"train.batch_size={batch_size} does not divide over {replicas} devices: "
-            f"use a multiple of {replicas}"
+            f"train.batch_size={batch_size} cannot be divided over {replicas} devices: "
+            f"set train.batch_size to a multiple of {replicas}"
         )
     return Mesh(devices[: replicas * dap].reshape(replicas, dap), (DATA, DAP))
 

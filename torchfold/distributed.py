@@ -71,8 +71,8 @@ def make_mesh(batch_size: int, dap: int = 1) -> DeviceMesh:
     replicas = dist.get_world_size() // dap
     if batch_size % replicas:
         raise ConfigError(
-            f"train.batch_size={batch_size} does not divide over {replicas} devices: "
-            f"use a multiple of {replicas}"
+            f"train.batch_size={batch_size} cannot be divided over {replicas} devices: "
+            f"set train.batch_size to a multiple of {replicas}"
         )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(kind, (replicas, dap), mesh_dim_names=(DATA, DAP))
