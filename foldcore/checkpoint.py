@@ -12,6 +12,7 @@ error naming the file.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,9 +122,35 @@ def write(
     layout: Layout,
     metadata: Mapping[str, Any],
 ) -> Path:
-    """Write one checkpoint folder atomically: everything is on disk before the name appears."""
+    """Write one checkpoint folder atomically: everything is on disk before the name appears.
+
+    Raises :class:`CheckpointError` where that fails, as on a full disk, and leaves nothing behind.
+    """
     temporary = path.parent / f".unfinished-{path.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _fill(temporary, step, sections, layout, metadata)
+        if path.exists():  # an earlier attempt at the same step: a rename cannot replace a folder
+            _discard(path)
+        temporary.rename(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: cannot be written: {_reason(error)}; "
+            "the same command continues once that is mended"
+        ) from error
+    return path
+
+
+def _fill(
+    temporary: Path,
+    step: int,
+    sections: Mapping[str, np.ndarray],
+    layout: Layout,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write the files of a checkpoint into a new folder, and have them on disk."""
     temporary.mkdir(parents=True)
     save_file(
         {f"{s}/{n}": a for s, flat in sections.items() for n, a in layout.unflatten(flat).items()},
@@ -134,11 +161,14 @@ def write(
     (temporary / METADATA).write_text(json.dumps({**metadata, **header}, indent=1) + "\n")
     for name in (TENSORS, METADATA, ""):
         _flush(temporary / name)
-    if path.exists():  # an earlier attempt at the same step: a rename cannot replace a folder
-        _discard(path)
-    temporary.rename(path)
-    _flush(path.parent)
-    return path
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """Why the system refused, without names of temporary files."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = re.search(r"I/O error: (.*?) \(os error \d+\)", str(error))
+    return known[1] if known else str(error)
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -186,6 +216,8 @@ def read_params(path: str, layout: Layout) -> Float32[np.ndarray, " n"]:
             f"{path}: first convert it: python -m parity.params convert {path} params.npz"
         )
     newest = list_checkpoints(Path(path, "checkpoints"))
+    if not newest and not Path(path, METADATA).exists():
+        raise CheckpointError(f"{path}: no such file, run or checkpoint (train.initial_params)")
     return read(newest[0][1] if newest else path).flat("ema", layout)
 
 

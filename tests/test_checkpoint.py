@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, damage is named, and a kill leaves only whole ones."""
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from foldcore import checkpoint
@@ -169,8 +171,45 @@ def test_a_failed_write_is_raised_by_the_next_save(tmp_path: Path, layout: Layou
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("a file where the folder was")
     writer.save(1, sections(layout), layout, {})
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match="step_00000001: cannot be written: Not a directory;"):
         writer.save(2, sections(layout), layout, {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_named_and_leaves_the_checkpoints_before(
+    error: Exception, tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_some(tmp_path, layout, [1])
+
+    def cut_short(tensors: object, path: Path) -> None:
+        path.write_bytes(b"as much as there was room for")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", cut_short)
+    with pytest.raises(CheckpointError) as raised:
+        save_some(tmp_path, layout, [2])
+    reason = "cannot be written: No space left on device; the same command continues"
+    assert str(raised.value).startswith(f"{tmp_path / 'step_00000002'}: {reason}")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    found = checkpoint.restore(tmp_path, pytest.fail)
+    assert found is not None and found.step == 1
+
+
+def test_parameters_to_start_from_that_are_not_there(tmp_path: Path, layout: Layout) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(CheckpointError, match=f"^{path}: no such file, run or checkpoint"):
+            checkpoint.read_params(str(path), layout)
+    save_some(tmp_path / "checkpoints", layout, [1, 2])
+    expected = sections(layout, 2)["ema"]
+    for path in (tmp_path, tmp_path / "checkpoints" / "step_00000002"):
+        np.testing.assert_array_equal(checkpoint.read_params(str(path), layout), expected)
 
 
 def test_a_disabled_writer_touches_nothing(tmp_path: Path, layout: Layout) -> None:
