@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from foldcore.checkpoint import CheckpointError
 from foldcore.config import Config, ConfigError, dumps, load
@@ -12,7 +13,7 @@ from foldcore.data.pool import WorkerError
 from foldcore.data.share import ShareError
 from foldcore.data.slots import SlotsError
 from foldcore.deepmind import ParameterFileError
-from foldcore.errors import DataError
+from foldcore.errors import DataError, file_trouble
 from foldcore.kernels.cases import WrongKernel
 from foldcore.layout import LayoutError
 from foldcore.runlog import NonFiniteError
@@ -32,8 +33,8 @@ USER_ERRORS = (
     NonFiniteError,
     WrongKernel,
 )
-# as PyTorch names its error, and XLA begins its message
-OUT_OF_MEMORY = ("OutOfMemoryError", "RESOURCE_EXHAUSTED")
+# as PyTorch names its error on a GPU and says it on a CPU, and XLA begins its message
+OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "RESOURCE_EXHAUSTED")
 SAVE_MEMORY = (
     "model.recompute=block needs a fraction of it; a smaller train.batch_size or data.crop_size, "
     "and more GPUs for the same batch, need less as well"
@@ -49,21 +50,33 @@ def run_command(
     """Load the configuration and ``run(config, arguments)``; the exit status.
 
     Without arguments, or with ``--help``, ``usage`` and every key are printed. ``errors`` are those
-    of the track which a user can mend; they end with status 2, as a full memory does.
+    of the track which a user can mend; they end with status 2, as a full memory or disk does, and
+    a file that cannot be written. Being interrupted ends with status 130.
     """
     if not argv or {"-h", "--help"} & set(argv):
         print(f"{usage}\nEvery key with its default:\n\n{dumps(Config())}")
         return 0 if argv else 2
     expected: tuple[type[Exception], ...] = (*USER_ERRORS, *errors)
+    folder = Path()
     try:
-        run(load(argv[0], list(argv[1:])), shlex.join(argv))
-    except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        config = load(argv[0], list(argv[1:]))
+        folder = Path(config.train.out, config.train.name)
+        run(config, shlex.join(argv))
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from what is saved", file=sys.stderr)
+        return 130
     except Exception as error:
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        if any(name in words for name in OUT_OF_MEMORY):
-            print(f"error: out of memory: {SAVE_MEMORY}\n  ({words})", file=sys.stderr)
-            return 2
-        raise
+        words = str(error) if isinstance(error, expected) else _explain(error, folder)
+        if words is None:
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _explain(error: Exception, folder: Path) -> str | None:
+    """What a user can do about an error of the system; None where it is the program's own."""
+    words = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, MemoryError) or any(name in words for name in OUT_OF_MEMORY):
+        return f"out of memory: {SAVE_MEMORY}\n  ({words})"
+    return file_trouble(error, folder) if isinstance(error, OSError) else None
