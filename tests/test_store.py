@@ -330,6 +330,11 @@ def test_a_store_goes_to_loader_processes_as_its_path(embedded: Path) -> None:
 def test_the_command_speaks_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "store")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", "/proc/absent"):
+        assert main(["embedded", "--out", str(out), "--jobs", "1"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {out}")
     assert main(["embedded", "--out", str(tmp_path / "store"), "--jobs", "1"]) == 0
     shown = capsys.readouterr().out
     assert "48 chains" in shown and "chains a second and core" in shown

@@ -48,7 +48,7 @@ from foldcore.data.store import (
     digest,
 )
 from foldcore.data.structures import ENTRIES, STRUCTURES, Structures
-from foldcore.errors import DataError
+from foldcore.errors import DataError, file_trouble
 
 TASK_UNITS = 64  # entries or alignments of one task: what a killed worker has to do again
 
@@ -379,6 +379,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = prepare(arguments.source, arguments.out, settings)
     except (DataError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (words := file_trouble(error, arguments.out)) is None:
+            raise
+        print(f"error: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
