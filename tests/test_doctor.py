@@ -9,6 +9,7 @@ from small_sets import build, content, msa, write
 from test_store import HERE, make_database
 
 from foldcore.config import DataConfig
+from foldcore.data import doctor
 from foldcore.data.doctor import main
 from foldcore.data.doctor_page import render
 from foldcore.data.examine import Timing, examine
@@ -104,6 +105,33 @@ def test_the_command_writes_a_page_of_its_own(
 
     Check().feed(text)
     assert open_tags == []
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_examination(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "examine", pytest.fail)
+    for page, reason in (
+        (tmp_path / "absent" / "page.html", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        assert main(["embedded", "--html", str(page)]) == 2
+        assert capsys.readouterr().err == f"error: {page}: {reason}\n"
+
+
+def test_stopped_early_it_is_one_line_and_leaves_no_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    (tmp_path / "old.html").write_text("an earlier page")
+    for name in ("old.html", "new.html"):
+        assert main(["embedded", "--html", str(tmp_path / name)]) == 130
+        assert capsys.readouterr().err == "stopped; nothing was changed\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
+    assert (tmp_path / "old.html").read_text() == "an earlier page"
 
 
 def test_names_from_outside_cannot_break_the_page(folder: Path) -> None:

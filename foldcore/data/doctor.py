@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foldcore.config import ConfigError, load
+from foldcore.config import Config, ConfigError, load
 from foldcore.data.doctor_page import render
 from foldcore.data.examine import Findings, Timing, examine
 from foldcore.data.histogram import histogram
 from foldcore.data.store import Store, is_store
-from foldcore.errors import DataError
+from foldcore.errors import DataError, file_trouble
 
 BAR = 40  # characters of the longest bar
 
@@ -75,7 +75,7 @@ def _times(console: Console, timing: Timing, gpus: int, step_ms: float) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; status 1 where nothing can be trained on."""
+    """The command; status 1 where nothing can be trained on, 2 where it was asked for wrongly."""
     arguments = _parser().parse_args(argv)
     overrides = [word for word in arguments.source if _is_override(word)]
     sources = [word for word in arguments.source if not _is_override(word)]
@@ -83,21 +83,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error("name a data set: a folder, a store, or embedded")
     try:
         config = load(arguments.config or os.devnull, overrides)
-        if arguments.verify:
-            _verify(sources)
-        findings = examine(sources, config.data, arguments.sample)
+        _explain(arguments, sources, config)
+    except KeyboardInterrupt:
+        print("stopped; nothing was changed", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if (words := file_trouble(error, arguments.html or "the temporary folder")) is None:
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _explain(arguments: argparse.Namespace, sources: Sequence[str], config: Config) -> None:
+    if arguments.html:
+        _try_page(Path(arguments.html))
+    if arguments.verify:
+        _verify(sources)
+    findings = examine(sources, config.data, arguments.sample)
     show(findings, Console(highlight=False), arguments.gpus, arguments.step_ms)
     if arguments.html:
         page = render(findings, arguments.gpus, arguments.step_ms)
         Path(arguments.html).write_text(page, encoding="utf-8")
         print(f"page: {arguments.html}")
-    return 0
+
+
+def _try_page(path: Path) -> None:
+    """Raise OSError now, not after a long examination, where the page cannot be written."""
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()
 
 
 def _verify(sources: Sequence[str]) -> None:
