@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from plot_curves import text
+
 COLORS = {"JAX": "#1f4e9c", "torch": "#e08214"}
 NAMES = {"JAX": "JAX", "torch": "PyTorch"}
 # of others, and what the hardware allows: means over 0 to 3 passes, in ms
@@ -41,10 +43,6 @@ def read(path: Path) -> list[Bar]:
 
 def across(ms: float) -> float:
     return LEFT + ms / LONGEST * (WIDTH - LEFT - RIGHT)
-
-
-def text(x: float, y: float, words: str, anchor: str = "start", color: str = "#333") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}">{words}</text>'
 
 
 def row(number: int, bar: Bar) -> list[str]:
